@@ -1,0 +1,1 @@
+"""An LLM inference engine without a GPU."""

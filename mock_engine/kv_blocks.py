@@ -1,0 +1,133 @@
+"""
+The KV cache as blocks: who holds what, what is shared, what can be reused.
+
+    table = BlockTable()
+    blocks.claim_prefix(table, hashes)   share blocks that are in the cache already
+    blocks.grow(table, num_blocks)       take new ones; False when there are too few
+    blocks.publish(table, block_hash)    a full block can be shared from now on
+    blocks.release(table)                give everything back
+
+A block is in one of three states, and the three always sum to `num_blocks`:
+used (held by at least one table), cached (held by nobody, content kept for
+reuse, evicted least recently used first) and free (no content).
+
+Only blocks with a hash need an identity; all others are counted. That makes
+taking and giving back cheap enough for a simulator that does little else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class BlockTable:
+    """The blocks that one sequence holds: `hashes` are shared or shareable, `num_private` are not."""
+
+    __slots__ = ("hashes", "num_private")
+
+    def __init__(self) -> None:
+        self.hashes: list[int] = []
+        self.num_private = 0
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.hashes) + self.num_private
+
+
+class KvBlocks:
+    """`num_blocks` blocks of `block_size` tokens, reference-counted, with prefix caching."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_free = num_blocks
+        self._references: dict[int, int] = {}  # hash -> tables holding it, >= 1
+        self._cached: dict[int, None] = {}  # hashes held by nobody, least recently used first
+        self._num_private = 0
+
+    @property
+    def num_used(self) -> int:
+        """Blocks held by at least one table."""
+        return len(self._references) + self._num_private
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody holds and whose content can still be reused."""
+        return len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be taken now: free ones, and cached ones by eviction."""
+        return self.num_free + len(self._cached)
+
+    def num_prefix_blocks(self, hashes: Sequence[int]) -> int:
+        """How many of `hashes`, from the first, are in the cache."""
+        if not self.enable_prefix_caching:
+            return 0
+        for index, block_hash in enumerate(hashes):
+            if block_hash not in self._references and block_hash not in self._cached:
+                return index
+        return len(hashes)
+
+    def num_unheld(self, hashes: Sequence[int]) -> int:
+        """How many of `hashes`, all in the cache, would have to move from cached to used."""
+        return sum(block_hash in self._cached for block_hash in hashes)
+
+    def claim_prefix(self, table: BlockTable, hashes: Sequence[int]) -> None:
+        """Let `table` hold the cached blocks `hashes` (from `num_prefix_blocks`) too."""
+        for block_hash in hashes:
+            if block_hash in self._references:
+                self._references[block_hash] += 1
+            else:
+                del self._cached[block_hash]
+                self._references[block_hash] = 1
+            table.hashes.append(block_hash)
+
+    def grow(self, table: BlockTable, num_blocks: int) -> bool:
+        """Make `table` hold `num_blocks` blocks in all. False, and nothing changes, when too few are available."""
+        missing = num_blocks - len(table.hashes) - table.num_private
+        if missing <= 0:
+            return True
+        to_evict = missing - self.num_free
+        if to_evict > 0:
+            if to_evict > len(self._cached):
+                return False
+            self._evict(to_evict)
+        self.num_free -= missing
+        self._num_private += missing
+        table.num_private += missing
+        return True
+
+    def publish(self, table: BlockTable, block_hash: int) -> None:
+        """
+        A private block of `table` is full; from now on others can find it by `block_hash`.
+
+        If the same content is in the cache already, the block stays a private copy.
+        """
+        if not self.enable_prefix_caching or block_hash in self._references or block_hash in self._cached:
+            return
+        self._references[block_hash] = 1
+        self._num_private -= 1
+        table.num_private -= 1
+        table.hashes.append(block_hash)
+
+    def release(self, table: BlockTable) -> None:
+        """Give back all that `table` holds. Hashed blocks stay cached, a sequence's last ones evicted first."""
+        for block_hash in reversed(table.hashes):
+            references = self._references[block_hash]
+            if references > 1:
+                self._references[block_hash] = references - 1
+            else:
+                del self._references[block_hash]
+                self._cached[block_hash] = None
+        self.num_free += table.num_private
+        self._num_private -= table.num_private
+        table.hashes.clear()
+        table.num_private = 0
+
+    def _evict(self, num_blocks: int) -> None:
+        oldest = iter(self._cached)
+        for block_hash in [next(oldest) for _ in range(num_blocks)]:
+            del self._cached[block_hash]
+        self.num_free += num_blocks

@@ -1,0 +1,127 @@
+"""Random workloads for the core, and a loop that runs them without a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from mock_engine.core import Core, Token
+from mock_engine.kv_blocks import KvBlocks
+from mock_engine.request import Request
+from mock_engine.scheduler import Scheduler, SchedulerConfig, SequenceState, Status
+from mock_engine.step import StepLoad
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 48
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, the step before which it arrives, and when its client goes away."""
+
+    request: Request
+    at_step: int
+    cancel_at_step: int | None  # before this step's begin (or in the middle of it)
+    cancel_in_step: bool  # between begin_step and end_step rather than before
+
+
+def step_s(load: StepLoad) -> float:
+    """A made-up but sane step time: grows with everything."""
+    prefill = sum(1e-4 * chunk.new_tokens + 1e-6 * chunk.past_tokens for chunk in load.prefill_chunks)
+    return 5e-3 + prefill + 1e-5 * load.decode_batch_size + 1e-7 * load.context_tokens
+
+
+@st.composite
+def workloads(draw: st.DrawFn, max_requests: int = 14, with_cancels: bool = True) -> list[Arrival]:
+    """Arrivals with shared prefixes, sorted by step."""
+    arrivals = []
+    for number in range(draw(st.integers(1, max_requests))):
+        isl = draw(st.integers(1, MAX_MODEL_LEN - 1))
+        osl = draw(st.integers(1, MAX_MODEL_LEN - isl))
+        family = draw(st.integers(0, 2))  # requests of a family share their prefix
+        shared = draw(st.integers(0, isl // BLOCK_SIZE))
+        num_full = (isl + osl) // BLOCK_SIZE
+        hashes = [hash((family, i)) if i < shared else hash((number, "own", i).__repr__()) for i in range(num_full)]
+        at_step = draw(st.integers(0, 12))
+        cancels = with_cancels and draw(st.booleans())
+        arrivals.append(
+            Arrival(
+                Request(f"r{number}", isl, osl, hashes),
+                at_step,
+                at_step + draw(st.integers(0, 30)) if cancels else None,
+                draw(st.booleans()),
+            )
+        )
+    return sorted(arrivals, key=lambda arrival: arrival.at_step)
+
+
+def make_core(
+    num_blocks: int = 64,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 16,
+    enable_prefix_caching: bool = True,
+    enable_chunked_prefill: bool = True,
+) -> Core:
+    """A small core; `num_blocks` must hold one sequence of MAX_MODEL_LEN."""
+    config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, MAX_MODEL_LEN, enable_chunked_prefill)
+    return Core(Scheduler(config, KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching)), step_s)
+
+
+def check_blocks(core: Core) -> None:
+    """used + cached + free = total, and every used block is held by somebody who runs."""
+    blocks = core.scheduler.blocks
+    assert blocks.num_used + blocks.num_cached + blocks.num_free == blocks.num_blocks
+    assert min(blocks.num_used, blocks.num_cached, blocks.num_free) >= 0
+    held = set()
+    num_private = 0
+    for sequence in core.scheduler.running:
+        held.update(sequence.table.hashes)
+        num_private += sequence.table.num_private
+    assert blocks.num_used == len(held) + num_private
+    for sequence in core.scheduler.waiting:
+        assert sequence.table.num_blocks == 0
+
+
+def run(
+    core: Core,
+    workload: list[Arrival],
+    on_step: Callable[[int], None] = lambda _: None,
+) -> tuple[dict[str, SequenceState], dict[str, list[Token]]]:
+    """Run until nothing is left; check the block invariant after every move. Returns states and tokens by request."""
+    states: dict[str, SequenceState] = {}
+    tokens: dict[str, list[Token]] = {arrival.request.request_id: [] for arrival in workload}
+    pending = list(workload)
+    now_s = 0.0
+    number = 0
+    while pending or core.has_work:
+        while pending and pending[0].at_step <= number:
+            request = pending.pop(0).request
+            states[request.request_id] = core.prepare(request)
+            core.enqueue(states[request.request_id])
+        _cancel(core, workload, states, number, in_step=False)
+        check_blocks(core)
+        step = core.begin_step()
+        check_blocks(core)
+        if step is not None:
+            on_step(number)
+            assert step.seconds > 0
+            now_s += step.seconds
+            _cancel(core, workload, states, number, in_step=True)
+            check_blocks(core)
+            for token in core.end_step(step, now_s):
+                assert token.sequence.status is not Status.CANCELLED
+                tokens[token.sequence.request.request_id].append(token)
+            check_blocks(core)
+        number += 1
+        assert number < 20_000, "the core does not finish"
+    return states, tokens
+
+
+def _cancel(core: Core, workload: list[Arrival], states: dict[str, SequenceState], number: int, in_step: bool) -> None:
+    for arrival in workload:
+        sequence = states.get(arrival.request.request_id)
+        if sequence is not None and arrival.cancel_at_step == number and arrival.cancel_in_step == in_step:
+            core.cancel(sequence)
+            core.cancel(sequence)
