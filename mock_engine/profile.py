@@ -1,0 +1,263 @@
+"""
+A profile: one model on one GPU type under one engine, as measured.
+
+    load_profile("h100-sxm/llama-3.1-8b/vllm-tp1-bf16")   one of `list_profiles()`
+    load_profile("my/folder")                             a folder that holds profile.toml
+    check_profile("my/folder")                            all that is wrong with it
+
+A profile is a folder: `profile.toml` says what was measured, how and by whom;
+CSV tables hold the measured points. There are two kinds, by what was measured:
+
+    tables = "kernels"   parts of a pass; the engine's own time is added from `overhead_*`
+    tables = "steps"     whole passes of a running engine; the overhead is in them
+
+How a time comes out of the tables: `timing`. How the shipped ones were made: profiles/README.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mock_engine.errors import ProfileError
+from mock_engine.latency_table import LatencyTable, read_table
+from mock_engine.roofline import GpuDatasheet, ModelShape, Roofline
+
+WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp8": 1}
+
+TABLE_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "kernels": {
+        "linear": ("tokens",),
+        "head": ("sequences",),
+        "prefill_attention": ("new_tokens", "past_tokens"),
+        "decode_attention": ("batch_size", "context_tokens_per_sequence"),
+        "communication": ("tokens",),  # only where tp > 1
+    },
+    "steps": {
+        "prefill": ("new_tokens",),
+        "decode": ("batch_size", "context_tokens_per_sequence"),
+    },
+}
+
+# What vLLM takes besides weights and KV blocks: activations, CUDA graphs, NCCL. This one number brings the
+# blocks that ten runs of vLLM on H100 reported within 1.5 % (tests/test_profile.py has the figures).
+RESERVED_BYTES = 1.24e9
+
+
+def _find_profiles_dir() -> Path:
+    package = Path(__file__).resolve().parent
+    installed = package / "profiles"
+    return installed if installed.is_dir() else package.parent / "profiles"
+
+
+PROFILES_DIR = _find_profiles_dir()
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """All of a profile folder, checked. `block_size` to `max_num_batched_tokens` are the engine's own defaults."""
+
+    gpu: str
+    model: str
+    engine: str
+    engine_version: str
+    tp: int
+    dtype: str
+    tables: str  # "kernels" or "steps"
+    is_measured: bool
+
+    how_measured: str
+    source: str
+    source_version: str
+    licence: str
+    build_command: str
+
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    overhead_step_s: float  # engine time added to each pass; 0 where whole passes were measured
+    overhead_per_seq_s: float  # and for each sequence in it
+    overhead_source: str
+    jitter_cv: float  # standard deviation / mean of one and the same pass, repeated
+    jitter_source: str
+
+    measured_kv_blocks: int | None  # KV blocks the engine itself reported...
+    measured_gpu_memory_utilization: float | None  # ...at this setting
+
+    shape: ModelShape
+    datasheet: GpuDatasheet
+    latency: dict[str, LatencyTable]  # by table name, see TABLE_COLUMNS
+
+    @property
+    def name(self) -> str:
+        """`<gpu>/<model>/<engine>-tp<N>-<dtype>`."""
+        return f"{self.gpu}/{self.model}/{self.engine}-tp{self.tp}-{self.dtype}"
+
+    @property
+    def roofline(self) -> Roofline:
+        """Data-sheet times for this model on these GPUs."""
+        return Roofline(self.shape, self.datasheet, self.tp, WEIGHT_BYTES[self.dtype])
+
+    def total_kv_blocks(self, gpu_memory_utilization: float = 0.9) -> int:
+        """
+        KV blocks of `block_size` tokens: what the engine reported at this utilization, else
+        utilization * memory - weights / TP - 1.24 GB, shared out. Raises `ProfileError` if the model does not fit.
+        """
+        if self.measured_kv_blocks is not None and gpu_memory_utilization == self.measured_gpu_memory_utilization:
+            return self.measured_kv_blocks
+        weights_bytes = self.shape.num_params * WEIGHT_BYTES[self.dtype] / self.tp
+        usable_bytes = gpu_memory_utilization * self.datasheet.memory_bytes
+        block_bytes = self.block_size * self.shape.kv_bytes_per_token / self.tp
+        num_blocks = math.floor((usable_bytes - weights_bytes - RESERVED_BYTES) / block_bytes)
+        if num_blocks < 1:
+            needed = (weights_bytes + RESERVED_BYTES + block_bytes) / self.datasheet.memory_bytes
+            advice = (
+                f"Use --gpu-memory-utilization {math.ceil(needed * 100) / 100:.2f} or more."
+                if needed <= 1
+                else "Use a profile with more GPUs (tp) or a smaller model."
+            )
+            raise ProfileError(
+                f"{self.name} needs {(weights_bytes + RESERVED_BYTES) / 1e9:.1f} GB on each GPU before the first "
+                f"KV block, but --gpu-memory-utilization {gpu_memory_utilization} allows {usable_bytes / 1e9:.1f} GB. "
+                f"{advice}"
+            )
+        return num_blocks
+
+
+def list_profiles() -> list[str]:
+    """Names of the profiles that come with the package, sorted."""
+    return sorted(path.parent.relative_to(PROFILES_DIR).as_posix() for path in PROFILES_DIR.glob("*/*/*/profile.toml"))
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """The profile of that name, or in that folder. Raises `ProfileError` if there is none or it is corrupt."""
+    profile, problems = _read_profile(_find_folder(name_or_path))
+    if profile is None:
+        more = len(problems) - 1
+        raise ProfileError(problems[0] + (f" (and {more} more: mock-engine profiles check)" if more else ""))
+    return profile
+
+
+def check_profile(path: str | Path) -> list[str]:
+    """All problems of a profile (a name or a folder), one line each; none when it is fine."""
+    try:
+        folder = _find_folder(path)
+    except ProfileError as error:
+        return [str(error)]
+    return _read_profile(folder)[1]
+
+
+def _find_folder(name_or_path: str | Path) -> Path:
+    names = list_profiles()
+    if str(name_or_path) in names:
+        return PROFILES_DIR / name_or_path
+    folder = Path(name_or_path)
+    if (folder / "profile.toml").is_file():
+        return folder
+    if folder.is_dir():
+        raise ProfileError(f"{folder} is a folder without profile.toml. Use a folder that has one, or a shipped name.")
+    close = difflib.get_close_matches(str(name_or_path), names, n=3, cutoff=0.4)
+    shown = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(names) or 'none'}."
+    raise ProfileError(f"no profile {str(name_or_path)!r}, neither shipped nor a folder. {shown}")
+
+
+_Check = tuple[Callable[[Any], bool], str]
+
+_TEXT: _Check = (lambda v: isinstance(v, str) and bool(v.strip()), "a text")
+_COUNT: _Check = (lambda v: type(v) is int and v >= 1, "a whole number of at least 1")
+_FLAG: _Check = (lambda v: isinstance(v, bool), "true or false")
+_POSITIVE: _Check = (lambda v: type(v) in (int, float) and math.isfinite(v) and v > 0, "a number above 0")
+_NOT_NEGATIVE: _Check = (lambda v: type(v) in (int, float) and math.isfinite(v) and v >= 0, "a number, 0 or more")
+_SHARE: _Check = (lambda v: type(v) in (int, float) and 0 < v <= 1, "a number above 0, at most 1")
+
+
+def _one_of(values: list[str]) -> _Check:
+    return (lambda v: v in values, " or ".join(repr(value) for value in values))
+
+
+# profile.toml, section by section ("" is the top); a key that ends in "?" may be absent.
+_KEYS: dict[str, dict[str, _Check]] = {
+    "": {
+        **dict.fromkeys(("gpu", "model", "engine", "engine_version"), _TEXT),
+        "tp": _COUNT,
+        "dtype": _one_of(list(WEIGHT_BYTES)),
+        "tables": _one_of(list(TABLE_COLUMNS)),
+        "is_measured": _FLAG,
+    },
+    "source": dict.fromkeys(("how_measured", "source", "source_version", "licence", "build_command"), _TEXT),
+    "engine_defaults": dict.fromkeys(("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"), _COUNT),
+    "timing": {
+        **dict.fromkeys(("overhead_step_s", "overhead_per_seq_s", "jitter_cv"), _NOT_NEGATIVE),
+        **dict.fromkeys(("overhead_source", "jitter_source"), _TEXT),
+    },
+    "kv_cache": {"measured_kv_blocks?": _COUNT, "measured_gpu_memory_utilization?": _SHARE},
+    "model_shape": dict.fromkeys(ModelShape.__dataclass_fields__, _COUNT),
+    "gpu_datasheet": dict.fromkeys(GpuDatasheet.__dataclass_fields__, _POSITIVE),
+}
+
+
+def _read_profile(folder: Path) -> tuple[Profile | None, list[str]]:
+    """The profile, or None and what is wrong with it."""
+    path = folder / "profile.toml"
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return None, [f"{path}: cannot be read as TOML: {error}"]
+    problems = _document_problems(path, document)
+    if problems:
+        return None, problems
+    latency: dict[str, LatencyTable] = {}
+    for table, columns in TABLE_COLUMNS[document["tables"]].items():
+        if table == "communication" and document["tp"] == 1:
+            continue
+        try:
+            latency[table] = read_table(folder / f"{table}.csv", columns)
+        except ProfileError as error:
+            problems.append(str(error))
+    if problems:
+        return None, problems
+    top = {key: document[key] for key in _KEYS[""]}
+    kv_cache = {key.rstrip("?"): document["kv_cache"].get(key.rstrip("?")) for key in _KEYS["kv_cache"]}
+    return Profile(
+        **top,
+        **document["source"],
+        **document["engine_defaults"],
+        **document["timing"],
+        **kv_cache,
+        shape=ModelShape(**document["model_shape"]),
+        datasheet=GpuDatasheet(**document["gpu_datasheet"]),
+        latency=latency,
+    ), []
+
+
+def _document_problems(path: Path, document: dict[str, Any]) -> list[str]:
+    problems: list[str] = []
+    unknown: list[str] = []
+    document.setdefault("kv_cache", {})
+    for section, checks in _KEYS.items():
+        where = f"{path}, [{section}]" if section else f"{path}"
+        values = document.get(section) if section else {k: v for k, v in document.items() if k not in _KEYS}
+        if not isinstance(values, dict):
+            problems.append(f"{where}: the section is missing; it needs {', '.join(checks)}")
+            continue
+        for key, (is_allowed, allowed) in checks.items():
+            if key.rstrip("?") not in values:
+                if not key.endswith("?"):
+                    problems.append(f"{where}: {key} is missing; allowed is {allowed}")
+            elif not is_allowed(values[key.rstrip("?")]):
+                problems.append(f"{where}: {key.rstrip('?')} = {values[key.rstrip('?')]!r}; allowed is {allowed}")
+        known = [key.rstrip("?") for key in checks]
+        unknown += [f"{where}: unknown key {key}; known are {', '.join(known)}" for key in values if key not in known]
+    problems += unknown
+    if not problems and len(document["kv_cache"]) == 1:
+        problems.append(
+            f"{path}, [kv_cache]: both keys go together, or neither; found {next(iter(document['kv_cache']))}"
+        )
+    return problems

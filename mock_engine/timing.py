@@ -1,0 +1,234 @@
+"""
+How long a pass takes.
+
+    timing = TimingModel(profile)
+    timing.step_s(load)              seconds, always the same for the same load
+    timing.is_measured_at(load)      or did the roofline carry it beyond the measured points?
+    jitter = StepJitter(cv, seed)
+    timing.step_s(load) * jitter.draw()
+
+When a profile is loaded, each measured table becomes a dense grid: data-sheet
+roofline times what the measurements add to it (the logarithm of measured / roofline,
+interpolated, and kept as it is beyond the last measured point). Dips are taken
+out, so that no pass gets faster by having more to do. The grid meets each measured
+point that is not itself part of a dip.
+
+A pass with prefill and decode is not the two added: its matrices see prompt
+tokens and decoding sequences together, and read the weights once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mock_engine.latency_table import LatencyTable
+from mock_engine.monotone import MonotoneCurve, MonotoneSurface, between_points, in_order, knots_up_to, without_dips
+from mock_engine.profile import Profile
+from mock_engine.roofline import smooth_max
+from mock_engine.step import StepLoad
+
+FloatArray = NDArray[np.float64]
+
+# How far the grids reach on each axis: tokens, sequences. Beyond, time grows in proportion.
+MAX_TOKENS = 2.0**18
+
+
+class TimingModel:
+    """
+    Seconds for a pass, from the tables of one profile.
+
+    A load has at least one sequence, and `context_tokens` is at least `decode_batch_size`.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self._parts: _KernelTables | _StepTables = (
+            _KernelTables(profile) if profile.tables == "kernels" else _StepTables(profile)
+        )
+
+    def step_s(self, load: StepLoad) -> float:
+        """
+        Seconds for the pass, engine overhead included; computed in about 5 microseconds.
+
+        Never falls when tokens are added to a sequence, new or past, when a prompt joins,
+        or when a decoding sequence joins that is no shorter than the mean.
+        """
+        return self._parts.step_s(load)
+
+    def is_measured_at(self, load: StepLoad) -> bool:
+        """Whether each part of the pass lies within what was measured."""
+        return self._parts.is_measured_at(load)
+
+
+class StepJitter:
+    """
+    Factors to multiply step times with: log-normal, mean 1, coefficient of variation `cv`.
+
+    The same seed gives the same factors. With a `cv` of 0 each is exactly 1.
+    """
+
+    _BLOCK = 1024
+
+    def __init__(self, cv: float, seed: int | np.random.Generator) -> None:
+        self._sigma = math.sqrt(math.log1p(cv * cv))
+        self._rng = np.random.default_rng(seed)
+        self._drawn: list[float] = []
+
+    def draw(self) -> float:
+        """The next factor."""
+        if self._sigma == 0.0:
+            return 1.0
+        if not self._drawn:
+            self._drawn = self._rng.lognormal(-(self._sigma**2) / 2, self._sigma, self._BLOCK).tolist()
+        return self._drawn.pop()
+
+
+class _KernelTables:
+    """Parts of a pass, measured one by one: they add up, and the engine's own time comes on top."""
+
+    def __init__(self, profile: Profile) -> None:
+        roofline, latency = profile.roofline, profile.latency
+        self._profile = profile
+        self._linear = curve(latency["linear"], roofline.linear_s)
+        self._head = curve(latency["head"], roofline.head_s)
+        self._communication = (
+            curve(latency["communication"], roofline.communication_s) if "communication" in latency else None
+        )
+        self._prefill_attention = surface(latency["prefill_attention"], roofline.prefill_attention_s)
+        self._prefill_attention_floor_s = self._prefill_attention(1, 0)
+        self._decode_attention = surface(latency["decode_attention"], roofline.decode_attention_s)
+
+    def step_s(self, load: StepLoad) -> float:
+        chunks, batch_size = load.prefill_chunks, load.decode_batch_size
+        sequences = len(chunks) + batch_size
+        tokens = load.num_tokens
+        seconds = (
+            self._profile.overhead_step_s
+            + self._profile.overhead_per_seq_s * sequences
+            + self._linear(tokens)
+            + self._head(sequences)
+        )
+        if self._communication is not None:
+            seconds += self._communication(tokens)
+        if batch_size:
+            seconds += self._decode_attention(batch_size, load.context_tokens / batch_size)
+        if chunks:
+            # One kernel launch serves all chunks: the shortest possible launch counts once, not for each.
+            seconds -= self._prefill_attention_floor_s * (len(chunks) - 1)
+            for new_tokens, past_tokens in chunks:
+                seconds += self._prefill_attention(new_tokens, past_tokens)
+        return seconds
+
+    def is_measured_at(self, load: StepLoad) -> bool:
+        latency, batch_size = self._profile.latency, load.decode_batch_size
+        return (
+            latency["linear"].covers(load.num_tokens)
+            and (not batch_size or latency["decode_attention"].covers(batch_size, load.context_tokens / batch_size))
+            and all(latency["prefill_attention"].covers(*chunk) for chunk in load.prefill_chunks)
+        )
+
+
+class _StepTables:
+    """
+    Whole passes: prefill of one prompt, and decode of a batch. The roofline says which share is attention.
+
+    A mixed pass takes as long as a prefill with the decoding sequences as extra tokens,
+    plus their attention over the KV cache; at least as long as either alone, and no
+    longer than one after the other.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        roofline, latency = profile.roofline, profile.latency
+        self._latency = latency
+        prefill = latency["prefill"]
+        tokens = knots_up_to(MAX_TOKENS, prefill.axis_values(0))
+        whole_s = dense(prefill, roofline.prefill_s, tokens)
+        attention_s = roofline.prefill_attention_s(tokens, np.zeros_like(tokens))
+        attention_s = whole_s * attention_s / roofline.prefill_s(tokens)
+        self._linear = MonotoneCurve(tokens, without_dips(whole_s - attention_s))
+        self._prefill_attention = _attention_over_past(tokens, without_dips(attention_s))
+
+        decode = latency["decode"]
+        batch_sizes = knots_up_to(MAX_TOKENS, decode.axis_values(0))
+        contexts = knots_up_to(MAX_TOKENS, decode.axis_values(1))
+        decode_s = dense(decode, roofline.decode_s, batch_sizes, contexts)
+        self._decode = MonotoneSurface(batch_sizes, contexts, decode_s)
+        # Attention: what a pass takes longer than one over contexts of a single token.
+        self._decode_attention = MonotoneSurface(batch_sizes, contexts, without_dips(decode_s - decode_s[:, :1]))
+
+    def step_s(self, load: StepLoad) -> float:
+        chunks, batch_size = load.prefill_chunks, load.decode_batch_size
+        context_tokens = load.context_tokens / batch_size if batch_size else 0.0  # of each
+        decode_s = self._decode(batch_size, context_tokens) if batch_size else 0.0
+        if not chunks:
+            return decode_s
+        attention_s = 0.0
+        for new_tokens, past_tokens in chunks:
+            attention_s += self._prefill_attention(new_tokens, past_tokens)
+        tokens = load.num_tokens
+        prefill_s = self._linear(tokens - batch_size) + attention_s
+        if not batch_size:
+            return prefill_s
+        together_s = self._linear(tokens) + attention_s + self._decode_attention(batch_size, context_tokens)
+        return min(prefill_s + decode_s, max(prefill_s, decode_s, together_s))
+
+    def is_measured_at(self, load: StepLoad) -> bool:
+        batch_size = load.decode_batch_size
+        return (not batch_size or self._latency["decode"].covers(batch_size, load.context_tokens / batch_size)) and all(
+            chunk.past_tokens == 0 and self._latency["prefill"].covers(chunk.new_tokens)
+            for chunk in load.prefill_chunks
+        )
+
+
+def _attention_over_past(tokens: FloatArray, attention_s: FloatArray) -> MonotoneSurface:
+    """
+    Attention of a chunk over (new tokens, past tokens), from `attention_s` of whole prompts of `tokens`.
+
+    Whole-pass sources measure no past tokens: the part of the causal triangle that is
+    new costs what it costs in a prompt of the full length.
+    """
+    of_prompt = MonotoneCurve(tokens, attention_s)
+    past = knots_up_to(MAX_TOKENS, np.zeros(1))
+    lengths = tokens[:, np.newaxis] + past
+    prompt_s = np.vectorize(of_prompt, otypes=[float])(lengths)
+    share = 1 - past * (past + 1) / (lengths * (lengths + 1))
+    return MonotoneSurface(tokens, past, without_dips(prompt_s * share))
+
+
+def curve(table: LatencyTable, roofline_s: Callable[[FloatArray], FloatArray]) -> MonotoneCurve:
+    """The dense form of a table with one axis."""
+    knots = knots_up_to(MAX_TOKENS, table.axis_values(0))
+    return MonotoneCurve(knots, dense(table, roofline_s, knots))
+
+
+def surface(table: LatencyTable, roofline_s: Callable[[FloatArray, FloatArray], FloatArray]) -> MonotoneSurface:
+    """The dense form of a table with two axes."""
+    x_knots = knots_up_to(MAX_TOKENS, table.axis_values(0))
+    y_knots = knots_up_to(MAX_TOKENS, table.axis_values(1))
+    return MonotoneSurface(x_knots, y_knots, dense(table, roofline_s, x_knots, y_knots))
+
+
+def dense(table: LatencyTable, roofline_s: Callable[..., FloatArray], *knots: FloatArray) -> FloatArray:
+    """
+    Seconds on the grid of `knots` (one array for each axis, every measured value among them):
+    the measured points less their dips, and around them what `predict` says, falling nowhere.
+    """
+    measured = np.full([len(axis) for axis in knots], np.nan)
+    at = tuple(np.searchsorted(axis, table.points[:, i]) for i, axis in enumerate(knots))
+    measured[at] = in_order(table.points, table.seconds)
+    return between_points(predict(table, roofline_s, *np.meshgrid(*knots, indexing="ij")), measured)
+
+
+def predict(table: LatencyTable, roofline_s: Callable[..., FloatArray], *places: FloatArray) -> FloatArray:
+    """
+    Seconds at places anywhere: roofline times the measurements' correction, interpolated in the logarithm.
+
+    The smallest measured time is a floor under the roofline: launching costs that much, however little there is to do.
+    """
+    floor_s = np.min(table.seconds)
+    measured_at = tuple(table.points.T)
+    residual = np.log(table.seconds / smooth_max(roofline_s(*measured_at), floor_s))
+    return np.asarray(smooth_max(roofline_s(*places), floor_s) * np.exp(table.interpolate(residual, *places)))
