@@ -1,0 +1,268 @@
+"""
+The engine in real time, on asyncio.
+
+    drive = RealTimeDrive(core)
+    drive.start()
+    stream = drive.submit([request])
+    while tokens := await stream.next_tokens():
+        drive.note_sent(stream, tokens)
+    drive.cancel(stream)             at any moment, from any thread
+    await drive.stop()
+
+Every step has an absolute deadline: the end of the step before it plus its
+own seconds. The drive never sleeps "for a step", so neither a slow consumer
+nor a late wake-up pushes later tokens back, and there is no drift. A consumer
+that falls behind finds several tokens waiting, as with vLLM.
+
+Cancelling must work where an event loop is not at hand (a dropped generator
+is finalized on whatever thread drops it), so it takes a lock that is never
+waited for: a cancel that finds it taken leaves a note, and whoever holds the
+lock acts on it before going on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from mock_engine.core import Core, Token
+from mock_engine.lateness import LatenessHistogram
+from mock_engine.request import Request
+from mock_engine.scheduler import SequenceState
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.02  # how often streams are asked whether their client has gone
+
+
+class Clock(Protocol):
+    """Monotonic seconds, and a wait."""
+
+    def now_s(self) -> float: ...
+
+    async def wait_until(self, due_s: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Stream:
+    """
+    The output of one or more requests that live and die together (the choices of one prompt).
+
+    One consumer. `due_s` and `sent_s` hold, for each choice, one entry a token, in model seconds.
+    """
+
+    def __init__(
+        self, drive: RealTimeDrive, sequences: Sequence[SequenceState], arrival_s: float, is_stopped: Callable[[], bool]
+    ) -> None:
+        self._drive = drive
+        self._ready: list[Token] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self.sequences = sequences
+        self.arrival_s = arrival_s
+        self.is_stopped = is_stopped
+        self.is_cancelled = False
+        self.due_s: list[list[float]] = [[] for _ in sequences]
+        self.sent_s: list[list[float]] = [[] for _ in sequences]
+
+    async def next_tokens(self) -> list[Token]:
+        """
+        The tokens that became due since the last call; waits for at least one.
+
+        Empty once the stream is cancelled. Raises RuntimeError if the drive has failed.
+        """
+        while not self._ready and not self.is_cancelled:
+            self._drive.raise_failure()
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self.is_cancelled:
+            return []
+        tokens, self._ready = self._ready, []
+        return tokens
+
+    def push(self, token: Token) -> None:
+        """Called by the drive, on its loop."""
+        self._ready.append(token)
+        self.wake()
+
+    def wake(self) -> None:
+        """Let `next_tokens` look again. On the drive's loop only."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class RealTimeDrive:
+    """
+    Paces a core by a clock. `speedup_ratio` is model seconds per real second; 0 runs as fast as it can.
+
+    All public times are model seconds. `start`, `submit` and `stop` belong on the event loop;
+    `cancel` can be called from anywhere.
+    """
+
+    def __init__(self, core: Core, clock: Clock, speedup_ratio: float = 1.0) -> None:
+        self.core = core
+        self.lateness = LatenessHistogram()
+        self.num_output_tokens = 0
+        self.streams: dict[SequenceState, Stream] = {}
+        self._clock = clock
+        self._speedup_ratio = speedup_ratio
+        self._model_now_s = 0.0  # end of the last step; the only clock there is when speedup_ratio is 0
+        self._arrivals: deque[Stream] = deque()
+        self._idle: asyncio.Future[None] | None = None
+        self._lock = threading.Lock()
+        self._doomed: deque[Stream] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Begin to run steps on the current event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._tasks = [
+            self._loop.create_task(self._run_guarded(), name="mock-engine-steps"),
+            self._loop.create_task(self._watch_clients(), name="mock-engine-watch"),
+        ]
+
+    async def stop(self) -> None:
+        """End every task and stream. Streams that were still open see themselves cancelled. Safe twice."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in set(self.streams.values()):
+            self.cancel(stream)
+        self._clock.close()
+
+    def now_s(self) -> float:
+        """The model's time."""
+        if self._speedup_ratio == 0:
+            return self._model_now_s
+        return self._clock.now_s() * self._speedup_ratio
+
+    def submit(self, requests: Sequence[Request], is_stopped: Callable[[], bool] = lambda: False) -> Stream:
+        """
+        Queue requests that arrive now, as one stream. Raises `RequestError` if one can never be served.
+
+        `is_stopped` is asked every 20 ms whether the client has gone.
+        """
+        self.raise_failure()
+        sequences = [self.core.prepare(request) for request in requests]
+        stream = Stream(self, sequences, self.now_s(), is_stopped)
+        with self._lock:
+            for sequence in sequences:
+                self.streams[sequence] = stream
+            self._arrivals.append(stream)
+        self._reap()
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """Forget a stream and give its KV blocks back. Safe at any time, twice, and from any thread."""
+        self._doomed.append(stream)
+        self._reap()
+
+    def note_sent(self, stream: Stream, tokens: list[Token]) -> None:
+        """The consumer sends these tokens now: record when they were due and when they went out."""
+        now_s = self.now_s()
+        for token in tokens:
+            choice = token.sequence.request.choice
+            stream.due_s[choice].append(token.due_s)
+            stream.sent_s[choice].append(now_s)
+            if self._speedup_ratio:
+                self.lateness.add((now_s - token.due_s) / self._speedup_ratio)
+        self.num_output_tokens += len(tokens)
+
+    def raise_failure(self) -> None:
+        """Raise what stopped the drive, if something did."""
+        if self._failure is not None:
+            raise RuntimeError("the engine has stopped because of an internal error") from self._failure
+
+    def _reap(self) -> None:
+        """Carry out the cancels that are noted, unless another thread (or this one, further up) holds the lock."""
+        while self._doomed and self._lock.acquire(blocking=False):
+            try:
+                while self._doomed:
+                    self._release(self._doomed.popleft())
+            finally:
+                self._lock.release()
+
+    def _release(self, stream: Stream) -> None:
+        open_sequences = [sequence for sequence in stream.sequences if self.streams.pop(sequence, None) is not None]
+        if not open_sequences:
+            return
+        if stream in self._arrivals:
+            self._arrivals.remove(stream)
+        for sequence in open_sequences:
+            self.core.cancel(sequence)
+        stream.is_cancelled = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is waiting
+                self._loop.call_soon_threadsafe(stream.wake)
+
+    async def _run_guarded(self) -> None:
+        try:
+            await self._run()
+        except Exception as failure:
+            logger.exception("the engine stopped")
+            self._failure = failure
+            for stream in self.streams.values():
+                stream.wake()
+
+    async def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._admit_arrivals()
+                step = self.core.begin_step()
+            self._reap()
+            if step is None:
+                await self._wait_for_arrival()
+                continue
+            end_s = self._model_now_s + step.seconds
+            if self._speedup_ratio == 0:
+                await asyncio.sleep(0)
+            else:
+                await self._clock.wait_until(end_s / self._speedup_ratio)
+            with self._lock:
+                self._model_now_s = end_s
+                tokens = self.core.end_step(step, end_s)
+                for token in tokens:
+                    self._deliver(token)
+            self._reap()
+
+    def _deliver(self, token: Token) -> None:
+        stream = self.streams[token.sequence]
+        stream.push(token)
+        if token.is_last:
+            del self.streams[token.sequence]
+
+    def _admit_arrivals(self) -> None:
+        """Hand over what has arrived by the model's time; an idle engine moves on to the next arrival."""
+        if self._arrivals and not self.core.has_work:
+            self._model_now_s = max(self._model_now_s, self._arrivals[0].arrival_s)
+        while self._arrivals and self._arrivals[0].arrival_s <= self._model_now_s:
+            for sequence in self._arrivals.popleft().sequences:
+                self.core.enqueue(sequence)
+
+    async def _wait_for_arrival(self) -> None:
+        self._idle = asyncio.get_running_loop().create_future()
+        try:
+            if not self._arrivals:
+                await self._idle
+        finally:
+            self._idle = None
+
+    async def _watch_clients(self) -> None:
+        while True:
+            await asyncio.sleep(_POLL_S)
+            for stream in set(self.streams.values()):
+                if stream.is_stopped():
+                    self.cancel(stream)
