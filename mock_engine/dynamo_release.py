@@ -1,0 +1,96 @@
+"""
+What differs between the Dynamo releases we support (1.2.1 to 1.6.1), and nothing else.
+
+Everything that the rest of the package takes from Dynamo comes from here.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+try:
+    # 1.2 to 1.6 have it here; its README announces the move to `dynamo.backend`.
+    _backend = import_module("dynamo.common.backend")
+except ModuleNotFoundError:
+    _backend = import_module("dynamo.backend")
+
+from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
+
+if TYPE_CHECKING:
+    LLMEngine = Any
+else:
+    LLMEngine = _backend.LLMEngine
+
+Worker: Any = _backend.Worker
+WorkerConfig: Any = _backend.WorkerConfig
+
+__all__ = [
+    "EngineShutdown",
+    "InvalidArgument",
+    "LLMEngine",
+    "Worker",
+    "WorkerConfig",
+    "dynamo_version",
+    "engine_config",
+    "list_of_token_ids",
+]
+
+
+def dynamo_version() -> str:
+    """The installed release of ai-dynamo."""
+    try:
+        return version("ai-dynamo")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def engine_config(
+    *,
+    model: str,
+    served_model_name: str,
+    context_length: int,
+    kv_cache_block_size: int,
+    total_kv_blocks: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> Any:
+    """
+    Dynamo's `EngineConfig`. From 1.3 the numbers live in `llm=LlmRegistration(...)`;
+    1.2 has them flat. Flat ones are silently ignored from 1.3 on.
+    """
+    numbers = {
+        "context_length": context_length,
+        "kv_cache_block_size": kv_cache_block_size,
+        "total_kv_blocks": total_kv_blocks,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    if hasattr(_backend, "LlmRegistration"):
+        return _backend.EngineConfig(
+            model=model, served_model_name=served_model_name, llm=_backend.LlmRegistration(**numbers)
+        )
+    return _backend.EngineConfig(model=model, served_model_name=served_model_name, **numbers)
+
+
+def list_of_token_ids(token_ids: Any) -> list[int]:
+    """
+    The prompt as a list of ints.
+
+    From 1.6 the frontend may send packed little-endian int32 (DYN_TOKEN_IDS_AS_BYTES).
+    Raises TypeError or ValueError for anything that is not a sequence of ints.
+    """
+    if isinstance(token_ids, bytes | bytearray | memoryview):
+        packed = array("i")
+        packed.frombytes(bytes(token_ids))
+        if sys.byteorder != "little":
+            packed.byteswap()
+        return packed.tolist()
+    ids = list(token_ids)
+    for token_id in ids:
+        if not isinstance(token_id, int):
+            raise TypeError(f"token_ids holds {token_id!r}")
+    return ids

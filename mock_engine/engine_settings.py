@@ -1,0 +1,170 @@
+"""
+The settings of one engine, their flags, and the core that they make.
+
+Flags keep the spelling of vLLM and of Dynamo's mocker. A setting that is None
+takes the profile's value: what the engine of that profile would use.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from mock_engine.core import Core
+from mock_engine.errors import ConfigError
+from mock_engine.kv_blocks import KvBlocks
+from mock_engine.profile import Profile, load_profile
+from mock_engine.scheduler import Scheduler, SchedulerConfig
+from mock_engine.step import StepLoad
+from mock_engine.timing import StepJitter, TimingModel
+
+DEFAULT_PROFILE = "h100-sxm/llama-3.1-8b/vllm-tp1-bf16"
+DEFAULT_TOKENIZER = Path(__file__).parent / "tokenizer"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the user chose. Field names are the flags' names. Raises `ConfigError` for a value out of range."""
+
+    profile: str = DEFAULT_PROFILE
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    num_gpu_blocks_override: int | None = None
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    speedup_ratio: float = 1.0
+    seed: int = 0
+    jitter: float | None = None
+    default_osl: int = 256
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "num_gpu_blocks_override",
+            "max_model_len",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{_flag(name)} is {value}; it must be at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"--gpu-memory-utilization is {self.gpu_memory_utilization:g}; it must be above 0 and at most 1"
+            )
+        if not 0 <= self.speedup_ratio < float("inf"):
+            raise ConfigError(
+                f"--speedup-ratio is {self.speedup_ratio:g}; it must be 0 (as fast as possible) or a positive number"
+            )
+        if self.jitter is not None and not 0 <= self.jitter <= 1:
+            raise ConfigError(f"--jitter is {self.jitter:g}; it is a coefficient of variation from 0 (none) to 1")
+        if self.default_osl < 1:
+            raise ConfigError(f"--default-osl is {self.default_osl}; it must be at least 1")
+
+    @classmethod
+    def from_flags(cls, flags: argparse.Namespace) -> EngineSettings:
+        """The settings in what a parser with `add_engine_flags` has parsed."""
+        return cls(**{field.name: getattr(flags, field.name) for field in fields(cls)})
+
+    def to_argv(self) -> list[str]:
+        """Flags that give these settings again, for another process."""
+        argv: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            if isinstance(value, bool):
+                argv.append(_flag(field.name) if value else _flag(f"no_{field.name}"))
+            else:
+                argv += [_flag(field.name), str(value)]
+        return argv
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A core that is ready to be driven, and the numbers that describe it."""
+
+    core: Core
+    profile: Profile
+    scheduler: SchedulerConfig
+    block_size: int
+    num_blocks: int
+
+
+def build_engine(settings: EngineSettings, on_unmeasured: Callable[[StepLoad], None] = lambda _: None) -> Engine:
+    """
+    The engine that `settings` describe. Raises `ProfileError` or `ConfigError`.
+
+    `on_unmeasured` is called for each step whose load lies outside what the profile measured.
+    """
+    profile = load_profile(settings.profile)
+    block_size = settings.block_size or profile.block_size
+    num_blocks = settings.num_gpu_blocks_override or (
+        profile.total_kv_blocks(settings.gpu_memory_utilization) * profile.block_size // block_size
+    )
+    max_num_batched_tokens = settings.max_num_batched_tokens or profile.max_num_batched_tokens
+    config = SchedulerConfig(
+        max_num_seqs=settings.max_num_seqs or min(profile.max_num_seqs, max_num_batched_tokens),
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=settings.max_model_len or min(profile.max_model_len, num_blocks * block_size),
+        enable_chunked_prefill=settings.enable_chunked_prefill,
+    )
+    scheduler = Scheduler(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
+    timing = TimingModel(profile)
+    jitter = StepJitter(profile.jitter_cv if settings.jitter is None else settings.jitter, settings.seed)
+
+    def step_s(load: StepLoad) -> float:
+        if not timing.is_measured_at(load):
+            on_unmeasured(load)
+        return timing.step_s(load) * jitter.draw()
+
+    return Engine(Core(scheduler, step_s), profile, config, block_size, num_blocks)
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of `EngineSettings`."""
+    defaults = EngineSettings()
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--profile", default=defaults.profile, help="a name from 'mock-engine profiles list', or a folder (%(default)s)"
+    )
+    group.add_argument("--max-num-seqs", type=int, help="sequences running at once (default: the profile's)")
+    group.add_argument("--max-num-batched-tokens", type=int, help="token budget of one step (default: the profile's)")
+    group.add_argument("--block-size", type=int, help="tokens in a KV block (default: the profile's)")
+    group.add_argument("--num-gpu-blocks-override", type=int, help="KV blocks (default: what fits the GPU's memory)")
+    group.add_argument("--max-model-len", type=int, help="prompt plus output tokens of one request")
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=defaults.gpu_memory_utilization,
+        help="share of GPU memory that weights and KV cache may use (%(default)s)",
+    )
+    for name, text in (("prefix_caching", "share KV blocks"), ("chunked_prefill", "compute long prompts in chunks")):
+        group.add_argument(
+            _flag(f"enable_{name}"), action=argparse.BooleanOptionalAction, default=True, help=f"{text} (on)"
+        )
+    group.add_argument(
+        "--speedup-ratio",
+        type=float,
+        default=defaults.speedup_ratio,
+        help="model seconds per real second; 0: as fast as the host can (%(default)s)",
+    )
+    group.add_argument("--seed", type=int, default=defaults.seed, help="seed of tokens and jitter (%(default)s)")
+    group.add_argument(
+        "--jitter", type=float, help="coefficient of variation of step times; 0: none (default: as measured)"
+    )
+    group.add_argument(
+        "--default-osl",
+        type=int,
+        default=defaults.default_osl,
+        help="mean output tokens of a request that sets no max_tokens (%(default)s)",
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
