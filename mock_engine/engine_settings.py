@@ -1,8 +1,8 @@
 """
-The settings of one engine, their flags, and the core that they make.
+The settings of one engine, and the core that they make.
 
-Flags keep the spelling of vLLM and of Dynamo's mocker. A setting that is None
-takes the profile's value: what the engine of that profile would use.
+Names are those of vLLM and of Dynamo's mocker. A setting that is None takes the
+profile's value: what the engine of that profile would use.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class EngineSettings:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{_flag(name)} is {value}; it must be at least 1")
+                raise ConfigError(f"{flag_of(name)} is {value}; it must be at least 1")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization:g}; it must be above 0 and at most 1"
@@ -68,7 +68,7 @@ class EngineSettings:
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> EngineSettings:
-        """The settings in what a parser with `add_engine_flags` has parsed."""
+        """The settings in what a parser with `flags.add_engine_flags` has parsed."""
         return cls(**{field.name: getattr(flags, field.name) for field in fields(cls)})
 
     def to_argv(self) -> list[str]:
@@ -79,9 +79,9 @@ class EngineSettings:
             if value is None:
                 continue
             if isinstance(value, bool):
-                argv.append(_flag(field.name) if value else _flag(f"no_{field.name}"))
+                argv.append(flag_of(field.name) if value else flag_of(f"no_{field.name}"))
             else:
-                argv += [_flag(field.name), str(value)]
+                argv += [flag_of(field.name), str(value)]
         return argv
 
 
@@ -126,45 +126,6 @@ def build_engine(settings: EngineSettings, on_unmeasured: Callable[[StepLoad], N
     return Engine(Core(scheduler, step_s), profile, config, block_size, num_blocks)
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag for each field of `EngineSettings`."""
-    defaults = EngineSettings()
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--profile", default=defaults.profile, help="a name from 'mock-engine profiles list', or a folder (%(default)s)"
-    )
-    group.add_argument("--max-num-seqs", type=int, help="sequences running at once (default: the profile's)")
-    group.add_argument("--max-num-batched-tokens", type=int, help="token budget of one step (default: the profile's)")
-    group.add_argument("--block-size", type=int, help="tokens in a KV block (default: the profile's)")
-    group.add_argument("--num-gpu-blocks-override", type=int, help="KV blocks (default: what fits the GPU's memory)")
-    group.add_argument("--max-model-len", type=int, help="prompt plus output tokens of one request")
-    group.add_argument(
-        "--gpu-memory-utilization",
-        type=float,
-        default=defaults.gpu_memory_utilization,
-        help="share of GPU memory that weights and KV cache may use (%(default)s)",
-    )
-    for name, text in (("prefix_caching", "share KV blocks"), ("chunked_prefill", "compute long prompts in chunks")):
-        group.add_argument(
-            _flag(f"enable_{name}"), action=argparse.BooleanOptionalAction, default=True, help=f"{text} (on)"
-        )
-    group.add_argument(
-        "--speedup-ratio",
-        type=float,
-        default=defaults.speedup_ratio,
-        help="model seconds per real second; 0: as fast as the host can (%(default)s)",
-    )
-    group.add_argument("--seed", type=int, default=defaults.seed, help="seed of tokens and jitter (%(default)s)")
-    group.add_argument(
-        "--jitter", type=float, help="coefficient of variation of step times; 0: none (default: as measured)"
-    )
-    group.add_argument(
-        "--default-osl",
-        type=int,
-        default=defaults.default_osl,
-        help="mean output tokens of a request that sets no max_tokens (%(default)s)",
-    )
-
-
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The command line's spelling of a setting."""
     return "--" + name.replace("_", "-")

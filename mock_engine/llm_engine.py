@@ -12,15 +12,13 @@ on any thread.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mock_engine.drive_realtime import RealTimeDrive, Stream
 from mock_engine.dynamo_release import (
@@ -31,8 +29,9 @@ from mock_engine.dynamo_release import (
     engine_config,
     list_of_token_ids,
 )
-from mock_engine.engine_settings import DEFAULT_TOKENIZER, Engine, EngineSettings, add_engine_flags, build_engine
+from mock_engine.engine_settings import DEFAULT_TOKENIZER, Engine, EngineSettings, build_engine
 from mock_engine.errors import ConfigError, MockEngineError, RequestError
+from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_model_flags
 from mock_engine.output_tokens import OutputTokens
 from mock_engine.prompt import Answer, Planner
 from mock_engine.realtime_clock import RealTimeClock
@@ -72,7 +71,9 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
     async def from_args(cls, argv: list[str] | None = None) -> tuple[MockLLMEngine, Any]:
         """The engine, not started, and its `WorkerConfig`. Exits with status 2 and one line for a wrong flag."""
         parser = OneLineParser(prog="mock-engine worker", description="One Dynamo worker for an existing cluster.")
-        add_worker_flags(parser)
+        add_engine_flags(parser)
+        add_model_flags(parser)
+        add_dynamo_flags(parser)
         flags = parser.parse_args(argv)
         try:
             settings = EngineSettings.from_flags(flags)
@@ -192,7 +193,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 self._drive.cancel(stream)
 
     async def cleanup(self) -> None:
-        """Stop and release everything; open streams end as cancelled. Safe before `start`, after it failed, and twice."""
+        """Stop and release everything; open streams end as cancelled. Safe before `start`, after it failed, twice."""
         self._is_stopped = True
         if self._drive is not None:
             await self._drive.stop()
@@ -299,40 +300,6 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 cpu_s=time.process_time(),
             )
         )
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def add_worker_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of one worker: the engine's, the model's, and where Dynamo finds it."""
-    add_engine_flags(parser)
-    add_model_flags(parser)
-    group = parser.add_argument_group("Dynamo", "defaults come from Dynamo's own environment variables")
-    group.add_argument("--namespace", default=os.environ.get("DYN_NAMESPACE", "dynamo"))
-    group.add_argument("--component", default="backend")
-    group.add_argument("--endpoint", default="generate")
-    group.add_argument("--endpoint-types", default="chat,completions")
-    group.add_argument("--discovery-backend", default=os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"))
-    group.add_argument("--request-plane", default=os.environ.get("DYN_REQUEST_PLANE", "tcp"))
-    group.add_argument("--event-plane", default=os.environ.get("DYN_EVENT_PLANE"))
-    group.add_argument("--record", type=Path, metavar="DIR", help="write timeline.jsonl and requests.jsonl there")
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model the worker pretends to be."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model-path",
-        type=Path,
-        default=DEFAULT_TOKENIZER,
-        help="local model folder with a tokenizer (default: the one we ship)",
-    )
-    group.add_argument("--model-name", help="name that clients use (default: the profile's model)")
 
 
 def _usage(stream: Stream, num_sent: int) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""
+The flags that several commands share, and a parser whose errors are one line.
+
+Spelled as users of the field spell them already: vLLM's and Dynamo mocker's for the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings, flag_of
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of `EngineSettings`."""
+    defaults = EngineSettings()
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--profile", default=defaults.profile, help="a name from 'mock-engine profiles list', or a folder (%(default)s)"
+    )
+    group.add_argument("--max-num-seqs", type=int, help="sequences running at once (default: the profile's)")
+    group.add_argument("--max-num-batched-tokens", type=int, help="token budget of one step (default: the profile's)")
+    group.add_argument("--block-size", type=int, help="tokens in a KV block (default: the profile's)")
+    group.add_argument("--num-gpu-blocks-override", type=int, help="KV blocks (default: what fits the GPU's memory)")
+    group.add_argument("--max-model-len", type=int, help="prompt plus output tokens of one request")
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=defaults.gpu_memory_utilization,
+        help="share of GPU memory that weights and KV cache may use (%(default)s)",
+    )
+    for name, text in (("prefix_caching", "share KV blocks"), ("chunked_prefill", "compute long prompts in chunks")):
+        group.add_argument(
+            flag_of(f"enable_{name}"), action=argparse.BooleanOptionalAction, default=True, help=f"{text} (on)"
+        )
+    group.add_argument(
+        "--speedup-ratio",
+        type=float,
+        default=defaults.speedup_ratio,
+        help="model seconds per real second; 0: as fast as the host can (%(default)s)",
+    )
+    group.add_argument("--seed", type=int, default=defaults.seed, help="seed of tokens and jitter (%(default)s)")
+    group.add_argument(
+        "--jitter", type=float, help="coefficient of variation of step times; 0: none (default: as measured)"
+    )
+    group.add_argument(
+        "--default-osl",
+        type=int,
+        default=defaults.default_osl,
+        help="mean output tokens of a request that sets no max_tokens (%(default)s)",
+    )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model the worker pretends to be."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model-path",
+        type=Path,
+        default=DEFAULT_TOKENIZER,
+        help="local model folder with a tokenizer (default: the one we ship)",
+    )
+    group.add_argument("--model-name", help="name that clients use (default: the profile's model)")
+
+
+def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where a worker is found in Dynamo's cluster, and where it records."""
+    group = parser.add_argument_group("Dynamo", "defaults come from Dynamo's own environment variables")
+    group.add_argument("--namespace", default=os.environ.get("DYN_NAMESPACE", "dynamo"))
+    group.add_argument("--component", default="backend")
+    group.add_argument("--endpoint", default="generate")
+    group.add_argument("--endpoint-types", default="chat,completions")
+    group.add_argument("--discovery-backend", default=os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"))
+    group.add_argument("--request-plane", default=os.environ.get("DYN_REQUEST_PLANE", "tcp"))
+    group.add_argument("--event-plane", default=os.environ.get("DYN_EVENT_PLANE"))
+    group.add_argument("--record", type=Path, metavar="DIR", help="write timeline.jsonl and requests.jsonl there")
