@@ -84,3 +84,4 @@ def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--request-plane", default=os.environ.get("DYN_REQUEST_PLANE", "tcp"))
     group.add_argument("--event-plane", default=os.environ.get("DYN_EVENT_PLANE"))
     group.add_argument("--record", type=Path, metavar="DIR", help="write timeline.jsonl and requests.jsonl there")
+    group.add_argument("--status", type=Path, metavar="FILE", help="keep the engine's latest state there, as JSON")

@@ -52,11 +52,13 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         model_path: Path = DEFAULT_TOKENIZER,
         model_name: str | None = None,
         record_folder: Path | None = None,
+        status_path: Path | None = None,
     ) -> None:
         self.settings = settings
         self.model_path = model_path
         self.model_name = model_name
         self._record_folder = record_folder
+        self._status_path = status_path
         self._engine: Engine | None = None
         self._planner: Planner | None = None
         self._drive: RealTimeDrive | None = None
@@ -77,7 +79,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         flags = parser.parse_args(argv)
         try:
             settings = EngineSettings.from_flags(flags)
-            engine = cls(settings, flags.model_path, flags.model_name, flags.record)
+            engine = cls(settings, flags.model_path, flags.model_name, flags.record, flags.status)
             engine._build()  # finds every wrong setting before Dynamo starts
         except MockEngineError as error:
             parser.error(str(error))
@@ -112,8 +114,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 self.settings.seed,
                 list_of_token_ids,
             )
-            if self._record_folder is not None:
-                self._recorder = Recorder(self._record_folder)
+            if self._record_folder is not None or self._status_path is not None:
+                self._recorder = Recorder(self._record_folder, self._status_path)
         except MockEngineError as error:
             raise EngineShutdown(str(error)) from error
         self._drive = RealTimeDrive(engine.core, RealTimeClock(), self.settings.speedup_ratio)
@@ -202,7 +204,6 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             await asyncio.gather(self._record_task, return_exceptions=True)
             self._record_task = None
         if self._recorder is not None:
-            assert self._drive is not None or not self._ended
             if self._drive is not None:
                 self._write_records(self._recorder, self._drive)
             self._recorder.close()
@@ -254,7 +255,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             open_streams.remove(stream)
         if not open_streams:
             self._open.pop(request_id, None)
-        if self._record_folder is not None:
+        if self._recorder is not None and self._recorder.keeps_requests:
             for choice, sequence in enumerate(stream.sequences):
                 is_whole = len(stream.sent_s[choice]) == len(answers[choice].token_ids)
                 self._ended.append(
@@ -281,11 +282,10 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         while self._ended:
             recorder.add_request(self._ended.popleft())
         scheduler = drive.core.scheduler
-        now_s = drive.now_s()
         recorder.add_state(
             TimelineRow(
-                time_s=now_s,
-                started_at_s=time.time() - now_s / (self.settings.speedup_ratio or 1.0),
+                unix_s=time.time(),
+                time_s=drive.now_s(),
                 num_running=len(scheduler.running),
                 num_waiting=len(scheduler.waiting),
                 kv_used_blocks=scheduler.blocks.num_used,

@@ -3,10 +3,11 @@ What an engine did, written down while it runs.
 
     <folder>/timeline.jsonl   four times a second: `TimelineRow`
     <folder>/requests.jsonl   one row a request when it ends: `RequestRow`
+    <status file>             the latest `TimelineRow` alone
 
-`serve` reads the timeline for its live view, `bench` reads both for its
-report. All times are seconds of the engine's own clock; `started_at_s` in the
-first timeline row is the Unix time at which that clock was 0.
+`bench` reads the folder for its report, and `serve` the status file, which
+does not grow, for its live view. All times but `unix_s` are model seconds
+since the engine started.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ REQUESTS_FILE = "requests.jsonl"
 class TimelineRow:
     """The state of an engine at one moment."""
 
+    unix_s: float
     time_s: float
-    started_at_s: float
     num_running: int
     num_waiting: int
     kv_used_blocks: int
@@ -60,35 +61,73 @@ class RequestRow:
 
 
 class Recorder:
-    """Appends rows to the two files of a folder, which it makes. Raises `ConfigError` if it cannot."""
+    """
+    Appends rows to the two files of `folder`, which it makes, and keeps `status_path` up to date; either may be None.
 
-    def __init__(self, folder: Path) -> None:
+    Raises `ConfigError` if they cannot be written.
+    """
+
+    def __init__(self, folder: Path | None, status_path: Path | None) -> None:
+        self._status_path = status_path
+        self._timeline: TextIO | None = None
+        self._requests: TextIO | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._timeline = (folder / TIMELINE_FILE).open("w", encoding="utf-8")
-            self._requests = (folder / REQUESTS_FILE).open("w", encoding="utf-8")
+            if status_path is not None:
+                status_path.parent.mkdir(parents=True, exist_ok=True)
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._timeline = (folder / TIMELINE_FILE).open("w", encoding="utf-8")
+                self._requests = (folder / REQUESTS_FILE).open("w", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"cannot record to {folder}: {error.strerror}. Name another folder.") from error
+            raise ConfigError(f"cannot record to {error.filename}: {error.strerror}. Name another folder.") from error
 
-    def add_state(self, row: TimelineRow) -> None:
-        """Write a timeline row, and make everything written so far visible to readers."""
-        _write(self._timeline, row)
-        self._timeline.flush()
-        self._requests.flush()
+    @property
+    def keeps_requests(self) -> bool:
+        """Whether `add_request` has somewhere to write to."""
+        return self._requests is not None
 
     def add_request(self, row: RequestRow) -> None:
         """Write a request's row."""
-        _write(self._requests, row)
+        if self._requests is not None:
+            _write(self._requests, row)
+
+    def add_state(self, row: TimelineRow) -> None:
+        """Write a timeline row, and make everything written so far visible to readers."""
+        if self._status_path is not None:
+            write_status(self._status_path, row)
+        if self._timeline is not None and self._requests is not None:
+            _write(self._timeline, row)
+            self._timeline.flush()
+            self._requests.flush()
 
     def close(self) -> None:
         """Write out and close. Safe twice."""
-        self._timeline.close()
-        self._requests.close()
+        for file in (self._timeline, self._requests):
+            if file is not None:
+                file.close()
 
 
 def _write(file: TextIO, row: TimelineRow | RequestRow) -> None:
+    file.write(_to_json(row) + "\n")
+
+
+def _to_json(row: TimelineRow | RequestRow) -> str:
     values = {field.name: getattr(row, field.name) for field in fields(row)}
-    file.write(json.dumps(values, separators=(",", ":")) + "\n")
+    return json.dumps(values, separators=(",", ":"))
+
+
+def write_status(path: Path, row: TimelineRow) -> None:
+    """Replace the status file; a reader sees the old row or the new one, never half of one."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(_to_json(row), encoding="utf-8")
+    fresh.replace(path)
+
+
+def read_status(path: Path) -> TimelineRow | None:
+    """The latest row; None before the first one."""
+    if not path.exists():
+        return None
+    return TimelineRow(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def read_timeline(folder: Path) -> list[TimelineRow]:

@@ -100,6 +100,7 @@ class _KernelTables:
         self._prefill_attention = surface(latency["prefill_attention"], roofline.prefill_attention_s)
         self._prefill_attention_floor_s = self._prefill_attention(1, 0)
         self._decode_attention = surface(latency["decode_attention"], roofline.decode_attention_s)
+        self._min_context_tokens = float(latency["decode_attention"].axis_values(1)[0])
 
     def step_s(self, load: StepLoad) -> float:
         chunks, batch_size = load.prefill_chunks, load.decode_batch_size
@@ -126,9 +127,14 @@ class _KernelTables:
         latency, batch_size = self._profile.latency, load.decode_batch_size
         return (
             latency["linear"].covers(load.num_tokens)
-            and (not batch_size or latency["decode_attention"].covers(batch_size, load.context_tokens / batch_size))
+            and (not batch_size or self._is_decode_measured_at(batch_size, load.context_tokens / batch_size))
             and all(latency["prefill_attention"].covers(*chunk) for chunk in load.prefill_chunks)
         )
+
+    def _is_decode_measured_at(self, batch_size: int, context_tokens: float) -> bool:
+        """Contexts below the smallest measured one cost what that does: a kernel launch."""
+        table = self._profile.latency["decode_attention"]
+        return table.covers(batch_size, max(context_tokens, self._min_context_tokens))
 
 
 class _StepTables:
