@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 else:
     LLMEngine = _backend.LLMEngine
 
-Worker: Any = _backend.Worker
 WorkerConfig: Any = _backend.WorkerConfig
+run_backend: Any = import_module(f"{_backend.__name__}.run").run
 
 __all__ = [
     "EngineShutdown",
     "InvalidArgument",
     "LLMEngine",
-    "Worker",
     "WorkerConfig",
     "dynamo_version",
     "engine_config",
     "list_of_token_ids",
+    "run_backend",
 ]
 
 

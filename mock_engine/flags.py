@@ -85,3 +85,33 @@ def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--event-plane", default=os.environ.get("DYN_EVENT_PLANE"))
     group.add_argument("--record", type=Path, metavar="DIR", help="write timeline.jsonl and requests.jsonl there")
     group.add_argument("--status", type=Path, metavar="FILE", help="keep the engine's latest state there, as JSON")
+
+
+def add_fleet_flags(parser: argparse.ArgumentParser, default_port: int) -> None:
+    """Add the flags that say how many workers there are, and where the frontend listens."""
+    group = parser.add_argument_group("deployment")
+    group.add_argument("--workers", type=int, default=1, metavar="N", help="mock workers, each a GPU (%(default)s)")
+    group.add_argument("--host", default="127.0.0.1", help="address the frontend listens on (%(default)s)")
+    group.add_argument(
+        "--port", type=int, default=default_port, help="port it listens on; 0: any free one (%(default)s)"
+    )
+
+
+def add_load_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what AIPerf sends, spelled as AIPerf spells them."""
+    group = parser.add_argument_group("load")
+    group.add_argument("--isl", type=int, help="mean input tokens of a request (512)")
+    group.add_argument("--osl", type=int, help="mean output tokens of a request (128)")
+    group.add_argument("--isl-stddev", type=float, help="spread of the input tokens (0)")
+    group.add_argument("--osl-stddev", type=float, help="spread of the output tokens (0)")
+    group.add_argument("--concurrency", type=int, help="requests under way at any time (8, unless there is a rate)")
+    group.add_argument("--request-rate", type=float, help="requests a second")
+    group.add_argument("--request-count", type=int, help="requests in all (64)")
+    group.add_argument("--input-file", type=Path, metavar="FILE", help="a trace to send, instead of made-up prompts")
+    group.add_argument("--custom-dataset-type", metavar="TYPE", help="what the file is, such as mooncake_trace")
+    group.add_argument("--fixed-schedule", action="store_true", help="send at the trace's own times")
+    group.add_argument("--goodput", metavar="SLOS", help="such as 'time_to_first_token:200 inter_token_latency:20', in ms")
+    group.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="where the report goes (bench-<date>-<time>, here)"
+    )
+    group.add_argument("aiperf_flags", nargs="*", metavar="-- AIPERF_FLAGS", help="more flags for 'aiperf profile'")

@@ -1,0 +1,140 @@
+"""
+The command line.
+
+    mock-engine serve      Dynamo's frontend and N mock workers
+    mock-engine bench      serve, AIPerf against it, and a report
+    mock-engine worker     one worker for a cluster that is already there
+    mock-engine profiles   list, show, check
+
+A mistake of the user's is one line on stderr and exit status 2; a part that
+dies is exit status 1; Ctrl-C before the work is done is 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from mock_engine.engine_settings import EngineSettings
+from mock_engine.errors import MockEngineError
+from mock_engine.flags import OneLineParser, add_engine_flags, add_fleet_flags, add_load_flags, add_model_flags
+from mock_engine.fleet import FleetError, FleetSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command in `argv` (default: the process's) and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if argv[:1] == ["worker"]:
+            return _worker(argv[1:])
+        flags = _parser().parse_args(argv)
+        status: int = flags.run(flags)
+        return status
+    except MockEngineError as error:
+        print(f"mock-engine: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, FleetError) else 2
+    except KeyboardInterrupt:
+        print("mock-engine: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="mock-engine", description="An LLM inference engine without a GPU.")
+    parser.add_argument("--version", action="version", version=f"mock-engine {version('mock-engine')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    serve = commands.add_parser("serve", help="Dynamo's frontend and N mock workers, in one command")
+    add_fleet_flags(serve, default_port=8000)
+    add_engine_flags(serve)
+    add_model_flags(serve)
+    _add_json_flag(serve, "write URL, model, capacity and process ids there once the model answers")
+    serve.set_defaults(run=_serve)
+
+    bench = commands.add_parser(
+        "bench",
+        help="serve, run AIPerf against it, and report what it measured beside what the profile says",
+        epilog="Flags after -- go to 'aiperf profile' as they are.",
+    )
+    add_load_flags(bench)
+    add_fleet_flags(bench, default_port=0)
+    add_engine_flags(bench)
+    add_model_flags(bench)
+    _add_json_flag(bench, "write the results there too (they are in DIR/bench.json anyway)")
+    bench.set_defaults(run=_bench)
+
+    commands.add_parser("worker", help="one Dynamo worker for a cluster that is already there", add_help=False)
+
+    profiles = commands.add_parser("profiles", help="the measured GPUs: list, show, check")
+    actions = profiles.add_subparsers(metavar="ACTION", required=True)
+    list_ = actions.add_parser("list", help="the profiles that come with the package")
+    show = actions.add_parser("show", help="all there is to know about one profile")
+    show.add_argument("profile", help="a name from the list, or a folder")
+    check = actions.add_parser("check", help="find everything that is wrong with profiles")
+    check.add_argument("profiles", nargs="*", metavar="profile", help="names or folders (default: all that ship)")
+    for name, action in (("list", list_), ("show", show), ("check", check)):
+        _add_json_flag(action, "write the same there, for machines")
+        action.set_defaults(run=_profiles, action=name)
+    return parser
+
+
+def _add_json_flag(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
+
+
+def _worker(argv: list[str]) -> int:
+    from mock_engine.dynamo_release import run_backend
+    from mock_engine.llm_engine import MockLLMEngine
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Dynamo's worker has handlers of its own
+    run_backend(MockLLMEngine, argv)
+    return 0
+
+
+def _fleet_settings(flags: argparse.Namespace) -> FleetSettings:
+    return FleetSettings(
+        engine=EngineSettings.from_flags(flags),
+        model_path=flags.model_path.resolve(),
+        model_name=flags.model_name,
+        num_workers=flags.workers,
+        host=flags.host,
+        port=flags.port,
+    )
+
+
+def _serve(flags: argparse.Namespace) -> int:
+    from mock_engine.serve import serve
+
+    serve(_fleet_settings(flags), flags.json, Console())
+    return 0
+
+
+def _bench(flags: argparse.Namespace) -> int:
+    from mock_engine.bench import Load, bench
+
+    return bench(_fleet_settings(flags), Load.from_flags(flags), flags.output_dir, flags.json, Console())
+
+
+def _profiles(flags: argparse.Namespace) -> int:
+    from mock_engine.profiles_command import check_command, list_command, show_command
+
+    console = Console()
+    if flags.action == "list":
+        return list_command(flags.json, console)
+    if flags.action == "show":
+        return show_command(flags.profile, flags.json, console)
+    return check_command(flags.profiles, flags.json, console)

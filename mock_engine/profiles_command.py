@@ -1,0 +1,116 @@
+"""`mock-engine profiles list | show | check`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mock_engine.errors import ProfileError
+from mock_engine.profile import Profile, check_profile, list_profiles, load_profile
+from mock_engine.step import PrefillChunk, StepLoad
+from mock_engine.timing import TimingModel
+
+_SHOWN_PREFILLS = (512, 2048, 8192)  # new tokens
+_SHOWN_DECODES = ((1, 1024), (32, 1024), (128, 1024), (32, 8192))  # batch size, context tokens of each
+
+
+def list_command(json_path: Path | None, console: Console) -> int:
+    """Print the shipped profiles, one a row."""
+    profiles = [load_profile(name) for name in list_profiles()]
+    if json_path is not None:
+        _write(json_path, [summarize(profile) for profile in profiles])
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("profile", no_wrap=True)
+    for column in ("KV tokens", "decode ms", "prefill ms"):
+        table.add_column(column, justify="right")
+    table.add_column("measured")
+    for profile in profiles:
+        summary = summarize(profile)
+        table.add_row(
+            profile.name,
+            f"{summary['kv_tokens']:,}",
+            f"{summary['decode_ms']['batch_size 32, context_tokens 1024']:.1f}",
+            f"{summary['prefill_ms']['new_tokens 2048']:.1f}",
+            profile.tables if profile.is_measured else "no",
+        )
+    console.print(table)
+    console.print("[dim]decode: 32 sequences of 1,024 tokens; prefill: 2,048 tokens. More: profiles show PROFILE[/dim]")
+    return 0
+
+
+def show_command(name: str, json_path: Path | None, console: Console) -> int:
+    """Print all there is to know about one profile. Raises `ProfileError`."""
+    profile = load_profile(name)
+    summary = summarize(profile)
+    if json_path is not None:
+        _write(json_path, summary)
+    for key, value in summary.items():
+        if isinstance(value, dict):
+            console.print(f"[bold]{key}[/bold]")
+            for inner_key, inner_value in value.items():
+                console.print(f"  {inner_key}: {_text(inner_value)}", highlight=False, soft_wrap=True, markup=False)
+        else:
+            console.print(f"[bold]{key}[/bold]  {_text(value)}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def check_command(names: list[str], json_path: Path | None, console: Console) -> int:
+    """Check profiles by name or folder, or all shipped ones. Raises `ProfileError` with the first problem, if any."""
+    problems = {name: check_profile(name) for name in names or list_profiles()}
+    if json_path is not None:
+        _write(json_path, problems)
+    for name, found in problems.items():
+        console.print(f"{name}: {'fine' if not found else f'{len(found)} problems'}", highlight=False, soft_wrap=True)
+    lines = [line for found in problems.values() for line in found]
+    if lines:
+        raise ProfileError("\n".join(lines))
+    return 0
+
+
+def summarize(profile: Profile) -> dict[str, Any]:
+    """A profile as plain data: where it comes from, what fits, and some times as the model gives them."""
+    timing = TimingModel(profile)
+    prefills = {f"new_tokens {n}": StepLoad((PrefillChunk(n, 0),), 0, 0) for n in _SHOWN_PREFILLS}
+    decodes = {
+        f"batch_size {batch_size}, context_tokens {context}": StepLoad((), batch_size, batch_size * context)
+        for batch_size, context in _SHOWN_DECODES
+    }
+    num_blocks = profile.total_kv_blocks()
+    return {
+        "name": profile.name,
+        "is_measured": profile.is_measured,
+        "tables": {name: f"{len(table.seconds)} points" for name, table in profile.latency.items()},
+        "source": {
+            "source": f"{profile.source} {profile.source_version}",
+            "licence": profile.licence,
+            "how_measured": profile.how_measured,
+            "overhead": profile.overhead_source,
+            "jitter": profile.jitter_source,
+            "build_command": profile.build_command,
+        },
+        "engine": f"{profile.engine} {profile.engine_version}",
+        "engine_defaults": {
+            key: getattr(profile, key)
+            for key in ("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+        },
+        "kv_blocks": num_blocks,
+        "kv_tokens": num_blocks * profile.block_size,
+        "jitter_cv": profile.jitter_cv,
+        "prefill_ms": {key: round(timing.step_s(load) * 1e3, 3) for key, load in prefills.items()},
+        "decode_ms": {key: round(timing.step_s(load) * 1e3, 3) for key, load in decodes.items()},
+        "model_shape": asdict(profile.shape),
+        "gpu_datasheet": asdict(profile.datasheet),
+    }
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,132 @@
+"""
+`mock-engine serve`: a fleet, what there is to know about it, and its state while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from mock_engine.fleet import Fleet, FleetSettings
+from mock_engine.live_view import FleetView
+
+_REFRESH_S = 0.25
+_LINE_EVERY_S = 10.0
+
+
+def serve(settings: FleetSettings, json_path: Path | None, console: Console) -> None:
+    """
+    Serve until Ctrl-C or SIGTERM, or until a part dies (`FleetError`).
+
+    `json_path` gets `describe` once the model answers. KeyboardInterrupt goes through before that.
+    """
+    with tempfile.TemporaryDirectory(prefix="mock-engine-") as folder, Fleet(settings, Path(folder)) as fleet:
+        print_welcome(fleet, console)
+        if json_path is not None:
+            json_path.write_text(json.dumps(describe(fleet), indent=2) + "\n", encoding="utf-8")
+        with contextlib.suppress(KeyboardInterrupt):
+            if console.is_terminal:
+                _watch_live(fleet, console)
+            else:
+                _watch_in_lines(fleet, console)
+    print_plain(console, "stopped")
+
+
+def describe(fleet: Fleet) -> dict[str, Any]:
+    """The fleet for machines: where it is, what it serves, how much fits."""
+    engine = fleet.engine
+    return {
+        "url": fleet.url,
+        "model": fleet.model,
+        "profile": engine.profile.name,
+        "tokenizer": str(fleet.settings.model_path),
+        "num_workers": fleet.settings.num_workers,
+        "total_kv_blocks": engine.num_blocks,
+        "block_size": engine.block_size,
+        "max_model_len": engine.scheduler.max_model_len,
+        "max_num_seqs": engine.scheduler.max_num_seqs,
+        "max_num_batched_tokens": engine.scheduler.max_num_batched_tokens,
+        "speedup_ratio": fleet.settings.engine.speedup_ratio,
+        "pids": {part.name: part.process.pid for part in fleet.parts},
+    }
+
+
+def curl_command(fleet: Fleet) -> str:
+    """A request to try."""
+    body = {"model": fleet.model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16, "stream": True}
+    return (
+        f"curl -N {fleet.url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    )
+
+
+def aiperf_command(fleet: Fleet) -> str:
+    """A small benchmark to try."""
+    return (
+        f"aiperf profile --model {fleet.model} --url {fleet.url} --endpoint-type chat --streaming "
+        f"--tokenizer {shlex.quote(str(fleet.settings.model_path))} --isl 512 --osl 128 --concurrency 8 "
+        f"--request-count 64 --extra-inputs ignore_eos:true --extra-inputs min_tokens:128"
+    )
+
+
+def print_welcome(fleet: Fleet, console: Console) -> None:
+    """URL, model, profile, capacity, and two commands to copy."""
+    facts = describe(fleet)
+    workers = "1 worker" if facts["num_workers"] == 1 else f"{facts['num_workers']} workers, each with"
+    rows = {
+        "URL": f"{fleet.url}/v1",
+        "model": fleet.model,
+        "profile": f"{facts['profile']} ({'as measured' if fleet.engine.profile.is_measured else 'not measured'})",
+        "capacity": (
+            f"{workers} {facts['total_kv_blocks']:,} KV blocks of {facts['block_size']} tokens, context "
+            f"{facts['max_model_len']:,}, {facts['max_num_seqs']:,} sequences, "
+            f"{facts['max_num_batched_tokens']:,} tokens a step"
+        ),
+        "tokenizer": facts["tokenizer"],
+    }
+    if facts["speedup_ratio"] != 1:
+        rows["speedup"] = "as fast as it can" if facts["speedup_ratio"] == 0 else f"{facts['speedup_ratio']:g} times"
+    for name, value in rows.items():
+        print_plain(console, f"{name:<11}{value}")
+    print_plain(console, f"\ntry        {curl_command(fleet)}")
+    print_plain(console, f"\nbenchmark  {aiperf_command(fleet)}\n")
+
+
+def print_plain(console: Console, text: str) -> None:
+    """Print as it is: what is there to be copied must not be wrapped, coloured or read as markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _watch_live(fleet: Fleet, console: Console) -> None:
+    view = FleetView()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            fleet.check()
+            live.update(Group(view.table(_states(fleet)), Text("Ctrl-C stops everything", style="dim")), refresh=True)
+            time.sleep(_REFRESH_S)
+
+
+def _watch_in_lines(fleet: Fleet, console: Console) -> None:
+    """A line now and then, when it says something new."""
+    view = FleetView()
+    last = ""
+    next_line_s = time.monotonic()
+    while True:
+        fleet.check()
+        line = view.line(_states(fleet))
+        if line != last and time.monotonic() >= next_line_s:
+            print_plain(console, line)
+            last, next_line_s = line, time.monotonic() + _LINE_EVERY_S
+        time.sleep(_REFRESH_S)
+
+
+def _states(fleet: Fleet) -> list[Any]:
+    return [fleet.status(worker) for worker in range(fleet.settings.num_workers)]
