@@ -124,7 +124,8 @@ def _serve(flags: argparse.Namespace) -> int:
 
 
 def _bench(flags: argparse.Namespace) -> int:
-    from mock_engine.bench import Load, bench
+    from mock_engine.bench import bench
+    from mock_engine.load import Load
 
     return bench(_fleet_settings(flags), Load.from_flags(flags), flags.output_dir, flags.json, Console())
 

@@ -214,7 +214,7 @@ class RealTimeDrive:
         except Exception as failure:
             logger.exception("the engine stopped")
             self._failure = failure
-            for stream in self.streams.values():
+            for stream in set(self.streams.values()):  # a copy: other threads may be cancelling
                 stream.wake()
 
     async def _run(self) -> None:

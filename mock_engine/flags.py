@@ -110,7 +110,7 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--input-file", type=Path, metavar="FILE", help="a trace to send, instead of made-up prompts")
     group.add_argument("--custom-dataset-type", metavar="TYPE", help="what the file is, such as mooncake_trace")
     group.add_argument("--fixed-schedule", action="store_true", help="send at the trace's own times")
-    group.add_argument("--goodput", metavar="SLOS", help="such as 'time_to_first_token:200 inter_token_latency:20', in ms")
+    group.add_argument("--goodput", metavar="SLOS", help="e.g. 'time_to_first_token:200 inter_token_latency:20', in ms")
     group.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="where the report goes (bench-<date>-<time>, here)"
     )

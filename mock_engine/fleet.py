@@ -40,7 +40,7 @@ _LOG_TAIL_LINES = 8
 # The parts talk to each other on this machine only, stop at once, and log what is worth reading.
 _CHILD_ENVIRONMENT = {
     "DYN_TCP_RPC_HOST": "127.0.0.1",
-    "DYN_TCP_RESPONSE_STREAM_HOST": "lo" if sys.platform == "linux" else "lo0",  # a name of an interface, not an address
+    "DYN_TCP_RESPONSE_STREAM_HOST": "lo" if sys.platform == "linux" else "lo0",  # it takes no address
     "DYN_SELF_HOST_METADATA": "0",
     "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0",
     "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
@@ -218,7 +218,7 @@ def _free_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or --port 0 for any free one."
+                f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port; 0 takes any free one."
             ) from error
         return int(probe.getsockname()[1])
 

@@ -30,7 +30,7 @@ from mock_engine.dynamo_release import (
     list_of_token_ids,
 )
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, Engine, EngineSettings, build_engine
-from mock_engine.errors import ConfigError, MockEngineError, RequestError
+from mock_engine.errors import MockEngineError, RequestError
 from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_model_flags
 from mock_engine.output_tokens import OutputTokens
 from mock_engine.prompt import Answer, Planner
@@ -65,7 +65,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         self._recorder: Recorder | None = None
         self._record_task: asyncio.Task[None] | None = None
         self._ended: deque[RequestRow] = deque()  # written by `_record`, which alone touches the files
-        self._open: dict[str, list[Stream]] = {}  # by context id
+        self._open: dict[Stream, str] = {}  # and its context id; `_close` changes it on any thread
         self._is_stopped = False
         self._has_warned = False
 
@@ -106,14 +106,6 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         del worker_id
         try:
             engine = self._build()
-            self._planner = Planner(
-                OutputTokens.from_model_path(self.model_path),
-                engine.scheduler.max_model_len,
-                engine.block_size,
-                self.settings.default_osl,
-                self.settings.seed,
-                list_of_token_ids,
-            )
             if self._record_folder is not None or self._status_path is not None:
                 self._recorder = Recorder(self._record_folder, self._status_path)
         except MockEngineError as error:
@@ -158,7 +150,10 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             stream = self._drive.submit([answer.request for answer in answers], context.is_stopped)
         except RequestError as error:
             raise InvalidArgument(str(error)) from error
-        self._open.setdefault(request_id, []).append(stream)
+        except RuntimeError as error:
+            raise EngineShutdown(str(error)) from error
+        arrival_unix_s = time.time()
+        self._open[stream] = request_id
         num_left = len(answers)
         num_sent = 0
         finish_reason = "cancelled"
@@ -186,12 +181,12 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                     last.update(finish_reason=finish_reason, **_usage(stream, num_sent))
                 yield last
         finally:
-            self._close(request_id, stream, answers, finish_reason)
+            self._close(request_id, stream, answers, finish_reason, arrival_unix_s)
 
     async def abort(self, context: Any) -> None:
         """Let go of the request with this context's id; unknown and finished ones are ignored."""
-        for stream in list(self._open.get(context.id(), ())):
-            if self._drive is not None:
+        for stream, request_id in self._open.copy().items():
+            if request_id == context.id() and self._drive is not None:
                 self._drive.cancel(stream)
 
     async def cleanup(self) -> None:
@@ -210,7 +205,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             self._recorder = None
 
     async def is_quiescent(self) -> bool:
-        """True when no request is open. From ai-dynamo 1.3 on, polled before `cleanup`."""
+        """True when no request is open. From ai-dynamo 1.3 on, polled on prefill workers before `cleanup`."""
         return not self._open
 
     async def drain(self) -> None:
@@ -220,12 +215,16 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
 
     def _build(self) -> Engine:
         if self._engine is None:
-            if not (self.model_path / "tokenizer.json").is_file():
-                raise ConfigError(
-                    f"{self.model_path} holds no tokenizer.json. --model-path must be a local model folder with "
-                    f"config.json, tokenizer.json and tokenizer_config.json; leave it out to use the one we ship."
-                )
-            self._engine = build_engine(self.settings, self._warn_unmeasured)
+            engine = build_engine(self.settings, self._warn_unmeasured)
+            self._planner = Planner(
+                OutputTokens.from_model_path(self.model_path),
+                engine.scheduler.max_model_len,
+                engine.block_size,
+                self.settings.default_osl,
+                self.settings.seed,
+                list_of_token_ids,
+            )
+            self._engine = engine
         return self._engine
 
     def _warn_unmeasured(self, load: StepLoad) -> None:
@@ -246,22 +245,22 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         except RuntimeError as error:
             raise EngineShutdown(str(error)) from error
 
-    def _close(self, request_id: str, stream: Stream, answers: list[Answer], finish_reason: str) -> None:
+    def _close(
+        self, request_id: str, stream: Stream, answers: list[Answer], finish_reason: str, arrival_unix_s: float
+    ) -> None:
         """Synchronous, and safe on any thread: a dropped stream is finalized where it is dropped."""
         assert self._drive is not None
         self._drive.cancel(stream)
-        open_streams = self._open.get(request_id, [])
-        if stream in open_streams:
-            open_streams.remove(stream)
-        if not open_streams:
-            self._open.pop(request_id, None)
-        if self._recorder is not None and self._recorder.keeps_requests:
+        self._open.pop(stream, None)
+        recorder = self._recorder
+        if recorder is not None and recorder.keeps_requests:
             for choice, sequence in enumerate(stream.sequences):
                 is_whole = len(stream.sent_s[choice]) == len(answers[choice].token_ids)
                 self._ended.append(
                     RequestRow(
                         request_id,
                         choice,
+                        round(arrival_unix_s, 6),
                         round(stream.arrival_s, 6),
                         sequence.request.isl_tokens,
                         sequence.request.osl_tokens,

@@ -1,7 +1,7 @@
 """
 From Dynamo's wire request to what the engine computes.
 
-`plan_answers` reads a `GenerateRequest` defensively (every group may be
+`Planner.plan` reads a `GenerateRequest` defensively (every group may be
 missing or None), decides how many tokens each choice gets and which ones, and
 says why each ends. Nothing here knows about time.
 """
@@ -48,7 +48,8 @@ class Planner:
         stop = wire.get("stop_conditions") or {}
         sampling = wire.get("sampling_options") or {}
         num_choices = _integer(sampling, "n", default=1, minimum=1)
-        prompt_seed = hash((self.seed, sampling.get("seed"), *prompt)) & _SEED_MASK
+        seed = _integer(sampling, "seed", default=None, minimum=-(1 << 63))
+        prompt_seed = hash((*_seed_key(self.seed), *_seed_key(seed), *prompt)) & _SEED_MASK
         return [
             self._answer(request_id, prompt, stop, choice, (prompt_seed + choice) & _SEED_MASK)
             for choice in range(num_choices)
@@ -108,6 +109,15 @@ def _integer(options: Mapping[str, Any], name: str, default: Any, minimum: int) 
     if not isinstance(value, int) or value < minimum:
         raise RequestError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
     return value
+
+
+def _seed_key(seed: int | None) -> tuple[int, int, int]:
+    """
+    Small ints that differ for any two 64-bit seeds, and from no seed.
+
+    Python's hash is the same for -1 and -2, or for 3 and 2**63 - 1; of None, before 3.12, it differs by process.
+    """
+    return (0, 0, 0) if seed is None else (1, *divmod(seed & _SEED_MASK, 1 << 32))
 
 
 def _natural_osl(mean_tokens: int, seed: int) -> int:

@@ -6,8 +6,8 @@ What an engine did, written down while it runs.
     <status file>             the latest `TimelineRow` alone
 
 `bench` reads the folder for its report, and `serve` the status file, which
-does not grow, for its live view. All times but `unix_s` are model seconds
-since the engine started.
+does not grow, for its live view. Times are model seconds since the engine
+started; those that say `unix` are real.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class RequestRow:
 
     request_id: str
     choice: int
+    arrival_unix_s: float
     arrival_s: float
     isl_tokens: int
     osl_tokens: int

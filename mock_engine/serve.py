@@ -63,9 +63,8 @@ def describe(fleet: Fleet) -> dict[str, Any]:
 def curl_command(fleet: Fleet) -> str:
     """A request to try."""
     body = {"model": fleet.model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16, "stream": True}
-    return (
-        f"curl -N {fleet.url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
-    )
+    data = shlex.quote(json.dumps(body))
+    return f"curl -N {fleet.url}/v1/chat/completions -H 'Content-Type: application/json' -d {data}"
 
 
 def aiperf_command(fleet: Fleet) -> str:

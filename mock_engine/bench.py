@@ -1,0 +1,105 @@
+"""
+`mock-engine bench`: a fleet, AIPerf against it, and a report of both.
+
+    <output folder>/report.md      the page to read, with latency.png and timeline.png
+    <output folder>/bench.json     AIPerf's own export, and beside it what the profile says
+    <output folder>/aiperf/        all that AIPerf wrote
+    <output folder>/engine/        what the workers recorded, and every part's log
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from mock_engine.bench_report import print_table, write_report
+from mock_engine.bench_results import AIPERF_EXPORT, Results, read_results
+from mock_engine.errors import ConfigError, MockEngineError
+from mock_engine.fleet import Fleet, FleetError, FleetSettings
+from mock_engine.load import Load
+from mock_engine.serve import print_plain
+
+_POLL_S = 0.2
+_AIPERF_STOP_S = 10.0
+
+
+def bench(
+    settings: FleetSettings, load: Load, output_folder: Path | None, json_path: Path | None, console: Console
+) -> int:
+    """Run it and print where the report is. Raises `ConfigError` or `FleetError`; returns 1 if AIPerf failed."""
+    for module, needed in (("aiperf", "AIPerf"), ("matplotlib", "matplotlib")):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"bench needs {needed}, which is not installed. Run: pip install 'mock-engine[bench]'")
+    folder = output_folder or Path(f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    _make_folder(folder)
+    with Fleet(settings, folder / "engine", is_recorded=True) as fleet:
+        print_plain(console, f"{fleet.model} answers at {fleet.url}: {fleet.engine.profile.name}")
+        ready_unix_s = time.time()
+        command = load.aiperf_command(fleet.model, fleet.url, settings.model_path, folder / "aiperf")
+        print_plain(console, shlex.join(["aiperf", *command[1:]]))
+        status = _run_aiperf(command, fleet)
+    shutil.rmtree(folder / "engine" / "discovery", ignore_errors=True)
+    if not (folder / "aiperf" / AIPERF_EXPORT).is_file():
+        raise AiperfError(f"AIPerf ended with exit status {status} and without results. Its log: {folder}/aiperf/logs")
+    results = read_results(folder, fleet, command, ready_unix_s)
+    _write_json(folder / "bench.json", results)
+    if json_path is not None:
+        _write_json(json_path, results)
+    write_report(folder, results)
+    print_table(results, console)
+    print_plain(console, f"\nreport: {folder / 'report.md'}")
+    return status
+
+
+class AiperfError(MockEngineError):
+    """AIPerf could not do what it was asked for."""
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"--output-dir {folder}: {error.strerror}. Name a folder that can be written.") from error
+    if taken:
+        raise ConfigError(f"--output-dir {folder} is not empty; name a new folder, so that no results are mixed up")
+
+
+def _run_aiperf(command: list[str], fleet: Fleet) -> int:
+    """AIPerf's exit status. If a part of the fleet dies, or we are interrupted, AIPerf is stopped first."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while process.poll() is None:
+            fleet.check()
+            time.sleep(_POLL_S)
+        fleet.check()
+    except FleetError as error:
+        raise FleetError(f"the run was cut short: {error}") from error
+    finally:
+        _stop(process)
+    return process.returncode
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """AIPerf has a dozen processes in a session of their own: let the first end them, then make sure."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_AIPERF_STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+
+def _write_json(path: Path, results: Results) -> None:
+    path.write_text(json.dumps(results.to_json(), indent=2) + "\n", encoding="utf-8")

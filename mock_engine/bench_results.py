@@ -1,0 +1,208 @@
+"""
+What a benchmark found: AIPerf's export, and what the workers recorded meanwhile.
+
+`Results.model` has the metrics that AIPerf would have measured had every token
+gone out when the model said it was due and reached the client in no time, under
+AIPerf's names and in its schema. The difference is what the host added.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mock_engine.fleet import Fleet
+from mock_engine.recorder import RequestRow, TimelineRow, read_requests, read_timeline
+
+AIPERF_EXPORT = "profile_export_aiperf.json"
+AIPERF_RECORDS = "profile_export.jsonl"
+_PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
+_LATE_P99_S = 0.005  # above this, the host rather than the model set the times
+
+Metric = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Everything that the report says. Times of `requests` and `timelines` are model seconds."""
+
+    command: list[str]
+    facts: dict[str, Any]  # profile, versions, commit, capacity
+    aiperf: dict[str, Any]  # AIPerf's export as it is
+    records: list[dict[str, Any]]  # AIPerf's, one a request
+    model: dict[str, Metric]
+    lateness_s: dict[str, float]  # p50, p99, max
+    kv_usage: dict[str, float]  # share of blocks in use: avg, max
+    preemptions: int
+    prefix_cache_hit_rate: float
+    cpu_us_per_token: float  # of the workers, while requests were under way
+    num_cancelled: int
+    requests: list[RequestRow]
+    timelines: list[list[TimelineRow]]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on who set the times: the profile, or this host."""
+        late_ms = self.lateness_s["p99"] * 1e3
+        if self.facts["speedup_ratio"] == 0:
+            return "The engine ran as fast as it could: the times are this host's, not the profile's."
+        if self.lateness_s["p99"] > _LATE_P99_S:
+            return (
+                f"The host set some of these times: 1 % of the tokens left the engine {late_ms:.1f} ms late or later. "
+                f"Lower the load, use a larger machine, or slow the model down with --speedup-ratio 0.5."
+            )
+        return f"The profile set these times: 99 % of the tokens left the engine within {late_ms:.1f} ms of when due."
+
+    def to_json(self) -> dict[str, Any]:
+        """AIPerf's export with our figures added; nothing of AIPerf's is changed."""
+        return {
+            **self.aiperf,
+            "model": self.model,
+            "lateness_s": self.lateness_s,
+            "kv_usage": self.kv_usage,
+            "preemptions": self.preemptions,
+            "prefix_cache_hit_rate": self.prefix_cache_hit_rate,
+            "cpu_us_per_token": self.cpu_us_per_token,
+            "wall_s": self.aiperf["benchmark_duration"]["avg"],
+            "facts": self.facts,
+            "command": self.command,
+        }
+
+
+def read_results(folder: Path, fleet: Fleet, command: list[str], ready_unix_s: float) -> Results:
+    """Results of a run that is over; only requests that came after `ready_unix_s` count."""
+    workers = range(fleet.settings.num_workers)
+    recorded = [row for worker in workers for row in read_requests(fleet.record_folder(worker))]
+    requests = [row for row in recorded if row.arrival_unix_s >= ready_unix_s]
+    timelines = [read_timeline(fleet.record_folder(worker)) for worker in workers]
+    aiperf = json.loads((folder / "aiperf" / AIPERF_EXPORT).read_text(encoding="utf-8"))
+    whole = [row for row in requests if row.finish_reason != "cancelled"]
+    speedup_ratio = fleet.settings.engine.speedup_ratio or 1.0
+    late = [sent - due for row in requests for due, sent in zip(row.due_s, row.sent_s, strict=True)]
+    late_s = np.asarray(late or [0.0]) / speedup_ratio
+    usage = [
+        row.kv_used_blocks / row.kv_total_blocks
+        for timeline in timelines
+        for row in timeline
+        if row.unix_s >= ready_unix_s
+    ]
+    last = [timeline[-1] for timeline in timelines]
+    queries = sum(row.prefix_queries_tokens for row in last)
+    return Results(
+        command=["aiperf", *command[1:]],
+        facts=_facts(fleet, aiperf),
+        aiperf=aiperf,
+        records=_records(folder / "aiperf" / AIPERF_RECORDS),
+        model=model_metrics(whole, speedup_ratio),
+        lateness_s={
+            "p50": float(np.percentile(late_s, 50)),
+            "p99": float(np.percentile(late_s, 99)),
+            "max": float(late_s.max()),
+        },
+        kv_usage={"avg": float(np.mean(usage)) if usage else 0.0, "max": max(usage, default=0.0)},
+        preemptions=sum(row.num_preemptions for row in last),
+        prefix_cache_hit_rate=sum(row.prefix_hits_tokens for row in last) / queries if queries else 0.0,
+        cpu_us_per_token=_cpu_us_per_token(timelines, ready_unix_s),
+        num_cancelled=len(requests) - len(whole),
+        requests=requests,
+        timelines=timelines,
+    )
+
+
+def model_metrics(rows: Sequence[RequestRow], speedup_ratio: float) -> dict[str, Metric]:
+    """
+    AIPerf's metrics (same names, units and schema) from the times at which tokens were due, in real time.
+
+    `rows` are requests that got all their tokens; without any, the result is empty. Definitions: AIPerf 0.13.0.
+    """
+    if not rows:
+        return {}
+    ttft_s = np.asarray([row.due_s[0] - row.arrival_s for row in rows])
+    latency_s = np.asarray([row.due_s[-1] - row.arrival_s for row in rows])
+    itl_s = np.asarray([(row.due_s[-1] - row.due_s[0]) / (len(row.due_s) - 1) for row in rows if len(row.due_s) > 1])
+    osl = np.asarray([len(row.due_s) for row in rows], dtype=np.float64)
+    arrival_unix_s = np.asarray([row.arrival_unix_s for row in rows])
+    duration_s = float(np.max(arrival_unix_s + latency_s / speedup_ratio) - np.min(arrival_unix_s))
+    to_ms = 1e3 / speedup_ratio
+    metrics = {
+        "time_to_first_token": summarize(ttft_s * to_ms, "ms"),
+        "request_latency": summarize(latency_s * to_ms, "ms"),
+        "output_sequence_length": summarize(osl, "tokens"),
+        "input_sequence_length": summarize(np.asarray([row.isl_tokens for row in rows], dtype=np.float64), "tokens"),
+        "output_token_throughput": {"unit": "tokens/sec", "avg": float(osl.sum()) / duration_s},
+        "request_throughput": {"unit": "requests/sec", "avg": len(rows) / duration_s},
+        "request_count": {"unit": "requests", "avg": float(len(rows))},
+    }
+    if len(itl_s):
+        metrics["inter_token_latency"] = summarize(itl_s * to_ms, "ms")
+    return metrics
+
+
+def summarize(values: np.ndarray[Any, np.dtype[np.float64]], unit: str) -> Metric:
+    """One metric in AIPerf's schema (0.13.0: linear percentiles, population standard deviation)."""
+    percentiles = np.percentile(values, _PERCENTILES)
+    return {
+        "unit": unit,
+        "avg": float(values.mean()),
+        **{f"p{p}": float(value) for p, value in zip(_PERCENTILES, percentiles, strict=True)},
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "std": float(values.std()),
+        "count": len(values),
+        "sum": float(values.sum()),
+    }
+
+
+def _cpu_us_per_token(timelines: Sequence[Sequence[TimelineRow]], since_unix_s: float) -> float:
+    """Processor time of the workers for each output token, over the intervals in which tokens came out."""
+    cpu_s, tokens = 0.0, 0
+    for timeline in timelines:
+        for before, after in pairwise(row for row in timeline if row.unix_s >= since_unix_s):
+            made = after.num_output_tokens - before.num_output_tokens
+            if made:
+                tokens += made
+                cpu_s += after.cpu_s - before.cpu_s
+    return cpu_s * 1e6 / tokens if tokens else 0.0
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _facts(fleet: Fleet, aiperf: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "profile": fleet.engine.profile.name,
+        "num_workers": fleet.settings.num_workers,
+        "total_kv_blocks": fleet.engine.num_blocks,
+        "block_size": fleet.engine.block_size,
+        "speedup_ratio": fleet.settings.engine.speedup_ratio,
+        "seed": fleet.settings.engine.seed,
+        "started": aiperf.get("start_time"),
+        "mock-engine": version("mock-engine"),
+        "commit": _commit(),
+        "ai-dynamo": version("ai-dynamo"),
+        "aiperf": version("aiperf"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit that this package runs from, if it runs from a checkout."""
+    package = Path(__file__).parent
+    if not (package.parent / ".git").exists():
+        return None
+    git = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,108 @@
+"""
+What AIPerf sends: the load flags, checked, and the command that they make.
+
+    load = Load.from_flags(flags)
+    load.aiperf_command(model, url, tokenizer, artifact_folder)
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mock_engine.engine_settings import flag_of
+from mock_engine.errors import ConfigError
+
+_DEFAULT_ISL, _DEFAULT_OSL = 512, 128
+_DEFAULT_CONCURRENCY = 8
+_DEFAULT_REQUEST_COUNT = 64
+# Dynamo's frontend (to 1.4.2 at least) does not set TCP_NODELAY. On a reused connection the first chunk waits for
+# the client's delayed acknowledgement of the response header, 40 ms that no GPU takes; on a new one it does not.
+_CONNECTIONS = "--connection-reuse-strategy"
+_SYNTHETIC_ONLY = ("isl", "osl", "isl_stddev", "osl_stddev")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Fields are AIPerf's flags; None leaves a choice to AIPerf. Raises `ConfigError` for what cannot be."""
+
+    isl: int | None = None
+    osl: int | None = None
+    isl_stddev: float | None = None
+    osl_stddev: float | None = None
+    concurrency: int | None = None
+    request_rate: float | None = None
+    request_count: int | None = None
+    input_file: Path | None = None
+    custom_dataset_type: str | None = None
+    fixed_schedule: bool = False
+    goodput: str | None = None
+    aiperf_flags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("isl", "osl", "concurrency", "request_count"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag_of(name)} is {value}; it must be at least 1")
+        for name in ("isl_stddev", "osl_stddev"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{flag_of(name)} is {value:g}; it must be 0 or more")
+        if self.request_rate is not None and not 0 < self.request_rate < math.inf:
+            raise ConfigError(f"--request-rate is {self.request_rate:g}; it must be above 0, in requests a second")
+        if self.input_file is None:
+            for name in ("fixed_schedule", "custom_dataset_type"):
+                if getattr(self, name):
+                    raise ConfigError(f"{flag_of(name)} is about a trace; name one with --input-file, or leave it out")
+            return
+        if not self.input_file.is_file():
+            raise ConfigError(
+                f"--input-file {self.input_file} does not exist or is no file. Name a trace, one JSON a line"
+            )
+        if self.custom_dataset_type is None:
+            raise ConfigError("--input-file needs --custom-dataset-type, such as mooncake_trace, to say what it holds")
+        for name in _SYNTHETIC_ONLY:
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{flag_of(name)} is for made-up prompts; {self.input_file.name} brings its own lengths"
+                )
+        if self.fixed_schedule and (self.request_rate is not None or self.concurrency is not None):
+            raise ConfigError(
+                "--fixed-schedule sends at the trace's own times; leave out --request-rate and --concurrency"
+            )
+
+    @classmethod
+    def from_flags(cls, flags: argparse.Namespace) -> Load:
+        """The load in what a parser with `flags.add_load_flags` has parsed."""
+        values = {name: getattr(flags, name) for name in cls.__dataclass_fields__}
+        return cls(**{**values, "aiperf_flags": tuple(flags.aiperf_flags)})
+
+    def aiperf_command(self, model: str, url: str, tokenizer: Path, artifact_folder: Path) -> list[str]:
+        """`aiperf profile ...` in this environment; results go to `artifact_folder`."""
+        aiperf = Path(sys.executable).with_name("aiperf")
+        command = [str(aiperf), "profile", "--model", model, "--url", url, "--tokenizer", str(tokenizer)]
+        command += ["--endpoint-type", "chat", "--streaming", "--artifact-dir", str(artifact_folder)]
+        command += ["--ui", "simple" if sys.stderr.isatty() else "none", "--no-gpu-telemetry"]
+        # Our engine ends at an eos token now and then, as a model does; a benchmark wants the lengths it asked for.
+        command += ["--extra-inputs", "ignore_eos:true"]
+        if _CONNECTIONS not in self.aiperf_flags:
+            command += [_CONNECTIONS, "never"]
+        for name, value in self._values().items():
+            command += [flag_of(name)] if value is True else [flag_of(name), str(value)]
+        return [*command, *self.aiperf_flags]
+
+    def _values(self) -> dict[str, object]:
+        given: dict[str, object] = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name != "aiperf_flags" and getattr(self, name) not in (None, False)
+        }
+        defaults: dict[str, object] = {}
+        if self.input_file is None:
+            defaults = {"isl": _DEFAULT_ISL, "osl": _DEFAULT_OSL, "request_count": _DEFAULT_REQUEST_COUNT}
+        if self.request_rate is None and not self.fixed_schedule:
+            defaults["concurrency"] = _DEFAULT_CONCURRENCY
+        return {**defaults, **given}
