@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[:1] == ["worker"]:
             return _worker(argv[1:])
-        flags = _parser().parse_args(argv)
+        flags = parse(argv)
         status: int = flags.run(flags)
         return status
     except MockEngineError as error:
@@ -47,6 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags of `argv`; what follows a `--` is `flags.aiperf_flags`. Exits with status 2 for a wrong one."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    flags = _parser().parse_args(argv[:end])
+    flags.aiperf_flags = tuple(argv[end + 1 :])
+    return flags
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

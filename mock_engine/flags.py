@@ -114,4 +114,3 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="where the report goes (bench-<date>-<time>, here)"
     )
-    group.add_argument("aiperf_flags", nargs="*", metavar="-- AIPERF_FLAGS", help="more flags for 'aiperf profile'")

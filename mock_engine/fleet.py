@@ -29,6 +29,7 @@ from typing import Any
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, Engine, EngineSettings, build_engine
 from mock_engine.errors import ConfigError, MockEngineError
+from mock_engine.output_tokens import find_tokenizer
 from mock_engine.recorder import TimelineRow, read_status
 
 START_TIMEOUT_S = 120.0
@@ -69,6 +70,7 @@ class FleetSettings:
             raise ConfigError(f"--workers is {self.num_workers}; it must be at least 1")
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port is {self.port}; it must be 1 to 65535, or 0 for any free one")
+        find_tokenizer(self.model_path)
 
 
 @dataclass(frozen=True, slots=True)

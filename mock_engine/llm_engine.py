@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
@@ -81,6 +82,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             settings = EngineSettings.from_flags(flags)
             engine = cls(settings, flags.model_path, flags.model_name, flags.record, flags.status)
             engine._build()  # finds every wrong setting before Dynamo starts
+            Recorder(flags.record, flags.status).close()
         except MockEngineError as error:
             parser.error(str(error))
         config = WorkerConfig(
@@ -206,12 +208,21 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
 
     async def is_quiescent(self) -> bool:
         """True when no request is open. From ai-dynamo 1.3 on, polled on prefill workers before `cleanup`."""
-        return not self._open
+        return self._num_open() == 0
 
     async def drain(self) -> None:
         """Return when no request is open. ai-dynamo 1.2 calls it once, before `cleanup`."""
-        while self._open:  # noqa: ASYNC110  (requests end on any thread; an Event belongs to one)
+        while self._num_open():  # noqa: ASYNC110  (requests end on any thread; an Event belongs to one)
             await asyncio.sleep(_RECORD_INTERVAL_S)
+
+    def _num_open(self) -> int:
+        """
+        Requests that somebody still waits for.
+
+        Not all streams that exist: Dynamo may drop one without the interpreter's lock, and Python
+        hears of it only when Dynamo's Rust side takes the lock the next time.
+        """
+        return sum(not (stream.is_cancelled or stream.is_stopped()) for stream in self._open.copy())
 
     def _build(self) -> Engine:
         if self._engine is None:
@@ -285,6 +296,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             TimelineRow(
                 unix_s=time.time(),
                 time_s=drive.now_s(),
+                num_open_requests=self._num_open(),
                 num_running=len(scheduler.running),
                 num_waiting=len(scheduler.waiting),
                 kv_used_blocks=scheduler.blocks.num_used,
@@ -297,6 +309,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 lateness_p50_s=drive.lateness.quantile_s(0.5),
                 lateness_p99_s=drive.lateness.quantile_s(0.99),
                 cpu_s=time.process_time(),
+                num_tasks=len(asyncio.all_tasks()),
+                num_threads=threading.active_count(),
             )
         )
 

@@ -77,8 +77,7 @@ class Load:
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> Load:
         """The load in what a parser with `flags.add_load_flags` has parsed."""
-        values = {name: getattr(flags, name) for name in cls.__dataclass_fields__}
-        return cls(**{**values, "aiperf_flags": tuple(flags.aiperf_flags)})
+        return cls(**{name: getattr(flags, name) for name in cls.__dataclass_fields__})
 
     def aiperf_command(self, model: str, url: str, tokenizer: Path, artifact_folder: Path) -> list[str]:
         """`aiperf profile ...` in this environment; results go to `artifact_folder`."""

@@ -51,7 +51,7 @@ class OutputTokens:
     def from_model_path(cls, model_path: str | Path) -> OutputTokens:
         """The usable ids of the tokenizer in a local model folder. Raises `ConfigError` if there are too few."""
         folder = Path(model_path)
-        tokenizer = _load_tokenizer(folder / "tokenizer.json")
+        tokenizer = _load_tokenizer(find_tokenizer(folder))
         eos_token_ids = _find_eos_token_ids(folder, tokenizer)
         found: list[int] = []
         for entry in _WORD_ENTRIES:
@@ -93,12 +93,18 @@ def _mix(seed: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
+def find_tokenizer(model_path: Path) -> Path:
+    """The tokenizer.json of a local model folder. Raises `ConfigError` if there is none."""
+    path = model_path / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(
             f"{path} does not exist. --model-path must be a local model folder with config.json, tokenizer.json and "
             f"tokenizer_config.json; leave it out to use the one we ship."
         )
+    return path
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower

@@ -30,6 +30,7 @@ class TimelineRow:
 
     unix_s: float
     time_s: float
+    num_open_requests: int  # streams that have neither ended nor been let go of
     num_running: int
     num_waiting: int
     kv_used_blocks: int
@@ -42,6 +43,8 @@ class TimelineRow:
     lateness_p50_s: float | None  # since the start
     lateness_p99_s: float | None
     cpu_s: float  # processor seconds the process has used
+    num_tasks: int  # asyncio tasks and Python threads of the process
+    num_threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class Recorder:
                 self._timeline = (folder / TIMELINE_FILE).open("w", encoding="utf-8")
                 self._requests = (folder / REQUESTS_FILE).open("w", encoding="utf-8")
         except OSError as error:
+            self.close()
             raise ConfigError(f"cannot record to {error.filename}: {error.strerror}. Name another folder.") from error
 
     @property

@@ -1,0 +1,99 @@
+"""Imports go one way: a module takes only from its own row and from the rows above it."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROWS = (
+    "errors request",
+    "step kv_blocks latency_table monotone roofline profile lateness tokenizer_words output_tokens",
+    "scheduler timing prompt",
+    "core",
+    "realtime_clock recorder drive_realtime engine_settings",
+    "flags dynamo_release llm_engine",
+)  # every other module is in one more row, the last
+ROW_OF = {module: number for number, row in enumerate(ROWS, start=1) for module in row.split()}
+LAST_ROW = len(ROWS) + 1
+WITHOUT_A_CLOCK = range(1, 5)
+CLOCKS = {"asyncio", "simpy", "time", "random", "threading"}
+TOOLS = {"profile_import", "tokenizer_build"}  # run by hand; nothing needs them to be there
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, wherever in it, `import_module("...")` included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            name = node.args[0]
+            found.add(name.value if isinstance(name, ast.Constant) else ast.unparse(name))
+    return found
+
+
+def is_of(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def read_package(folder: Path) -> dict[str, set[str]]:
+    """Imports by top-level module; a package inside the package counts as one module."""
+    modules: dict[str, set[str]] = {}
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder).parts[0].removesuffix(".py")
+        modules.setdefault(name, set()).update(imports_of(path))
+    return modules
+
+
+def siblings(imports: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in imports if name.startswith("mock_engine.")}
+
+
+MODULES = read_package(ROOT / "mock_engine")
+CONFORMANCE = read_package(ROOT / "conformance")
+
+
+def row_of(module: str) -> int:
+    return ROW_OF.get(module, LAST_ROW)
+
+
+def test_every_module_of_the_table_is_there():
+    assert ROW_OF.keys() <= MODULES.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_its_row_and_from_above(module):
+    below = {other for other in siblings(MODULES[module]) if row_of(other) > row_of(module)}
+    assert not below, f"{module} (row {row_of(module)}) imports {below}, which are below it"
+
+
+def test_no_module_imports_itself_over_a_detour():
+    TopologicalSorter({module: siblings(imports) - {module} for module, imports in MODULES.items()}).prepare()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if row_of(module) in WITHOUT_A_CLOCK])
+def test_the_engine_without_a_clock_knows_neither_time_nor_chance(module):
+    used = {name for name in MODULES[module] if name.split(".")[0] in CLOCKS}
+    assert not used, f"{module} imports {used}"
+
+
+def test_only_dynamo_release_imports_dynamo():
+    users = [module for module, imports in MODULES.items() if any(is_of(name, "dynamo") for name in imports)]
+    assert users == ["dynamo_release"]
+
+
+def test_nothing_imports_the_tools():
+    users = {module: siblings(imports) & TOOLS - {module} for module, imports in MODULES.items()}
+    assert not any(users.values()), users
+
+
+def test_the_conformance_suite_and_the_engine_do_not_know_each_other():
+    assert not any(is_of(name, "mock_engine") for imports in CONFORMANCE.values() for name in imports)
+    assert not any(is_of(name, "conformance") for imports in MODULES.values() for name in imports)
