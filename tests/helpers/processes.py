@@ -1,0 +1,92 @@
+"""Real processes: the command line as a user starts it, and what is left when it has ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PATIENCE_S = 60.0  # for a condition to come true; never waited for in full when all is well
+
+
+def wait_for(condition: Callable[[], Any], what: str | Callable[[], str]) -> Any:
+    """What `condition` returns, once that is true; else fail and say `what` did not happen."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline_s:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {PATIENCE_S:g} s: {what() if callable(what) else what}")
+
+
+class Command:
+    """`mock-engine ...` under way; its output goes to a file."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        self.output_path = folder / "output.txt"
+        with self.output_path.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mock_engine", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={**os.environ, "TMPDIR": str(folder)},  # what is left in there was left behind
+            )
+
+    @property
+    def output(self) -> str:
+        return self.output_path.read_text(encoding="utf-8")
+
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        self.process.send_signal(number)
+
+    def exit_status(self) -> int:
+        """Wait for the end."""
+        return self.process.wait(PATIENCE_S)
+
+    def children(self) -> dict[str, int]:
+        """Process ids of the parts that run now, by what they are."""
+        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text(encoding="utf-8").split()
+        return {name: int(pid) for pid in pids if (name := _part_name(int(pid)))}
+
+
+def _part_name(pid: int) -> str | None:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return None
+    if "dynamo.frontend" in words:
+        return "frontend"
+    if "--status" in words:
+        return Path(words[words.index("--status") + 1]).name.removesuffix(".status.json")
+    return None
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str) -> Iterator[tuple[Command, dict[str, Any]]]:
+    """`mock-engine serve` on any free port, once it has answered, and what its --json says."""
+    ready = folder / "ready.json"
+    command = Command(["serve", "--port", "0", "--json", str(ready), *arguments], folder)
+    try:
+        wait_for(lambda: ready.exists() or command.process.poll() is not None, "serve is ready")
+        assert command.process.poll() is None, command.output
+        yield command, json.loads(ready.read_text(encoding="utf-8"))
+    finally:
+        if command.process.poll() is None:
+            command.interrupt(signal.SIGTERM)
+            command.exit_status()
