@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.util
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -23,8 +25,8 @@ from rich.console import Console
 
 from mock_engine.bench_report import print_table, write_report
 from mock_engine.bench_results import AIPERF_EXPORT, Results, read_results
-from mock_engine.errors import ConfigError, MockEngineError
-from mock_engine.fleet import Fleet, FleetError, FleetSettings
+from mock_engine.errors import ConfigError, ProcessError
+from mock_engine.fleet import Fleet, FleetSettings
 from mock_engine.load import Load
 from mock_engine.serve import print_plain
 
@@ -35,7 +37,7 @@ _AIPERF_STOP_S = 10.0
 def bench(
     settings: FleetSettings, load: Load, output_folder: Path | None, json_path: Path | None, console: Console
 ) -> int:
-    """Run it and print where the report is. Raises `ConfigError` or `FleetError`; returns 1 if AIPerf failed."""
+    """Run it and print where the report is. Raises `ConfigError` or `ProcessError`."""
     for module, needed in (("aiperf", "AIPerf"), ("matplotlib", "matplotlib")):
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"bench needs {needed}, which is not installed. Run: pip install 'mock-engine[bench]'")
@@ -49,7 +51,7 @@ def bench(
         status = _run_aiperf(command, fleet)
     shutil.rmtree(folder / "engine" / "discovery", ignore_errors=True)
     if not (folder / "aiperf" / AIPERF_EXPORT).is_file():
-        raise AiperfError(f"AIPerf ended with exit status {status} and without results. Its log: {folder}/aiperf/logs")
+        raise ProcessError(f"AIPerf ended with exit status {status} and without results. Its log: {folder}/aiperf/logs")
     results = read_results(folder, fleet, command, ready_unix_s)
     _write_json(folder / "bench.json", results)
     if json_path is not None:
@@ -58,10 +60,6 @@ def bench(
     print_table(results, console)
     print_plain(console, f"\nreport: {folder / 'report.md'}")
     return status
-
-
-class AiperfError(MockEngineError):
-    """AIPerf could not do what it was asked for."""
 
 
 def _make_folder(folder: Path) -> None:
@@ -83,22 +81,22 @@ def _run_aiperf(command: list[str], fleet: Fleet) -> int:
             fleet.check()
             time.sleep(_POLL_S)
         fleet.check()
-    except FleetError as error:
-        raise FleetError(f"the run was cut short: {error}") from error
+    except ProcessError as error:
+        raise ProcessError(f"the run was cut short: {error}") from error
     finally:
         _stop(process)
     return process.returncode
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """AIPerf has a dozen processes in a session of their own: let the first end them, then make sure."""
+    """AIPerf is a dozen processes in a session of their own: ask the first to end, then see to it that none is left."""
     if process.poll() is None:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_AIPERF_STOP_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _write_json(path: Path, results: Results) -> None:

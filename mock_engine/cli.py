@@ -23,9 +23,9 @@ from types import FrameType
 from rich.console import Console
 
 from mock_engine.engine_settings import EngineSettings
-from mock_engine.errors import MockEngineError
+from mock_engine.errors import MockEngineError, ProcessError
 from mock_engine.flags import OneLineParser, add_engine_flags, add_fleet_flags, add_load_flags, add_model_flags
-from mock_engine.fleet import FleetError, FleetSettings
+from mock_engine.fleet import FleetSettings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except MockEngineError as error:
         print(f"mock-engine: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FleetError) else 2
+        return 1 if isinstance(error, ProcessError) else 2
     except KeyboardInterrupt:
         print("mock-engine: stopped", file=sys.stderr)
         return 130

@@ -23,3 +23,7 @@ class ProfileError(MockEngineError):
 
 class RequestError(MockEngineError):
     """One request can never be served: too long, malformed, or larger than the whole KV cache."""
+
+
+class ProcessError(MockEngineError):
+    """A process that we started did not come up, died, or could not do what it was asked for."""

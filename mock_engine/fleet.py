@@ -3,7 +3,7 @@ Dynamo's frontend and N mock workers as child processes of this one.
 
     with Fleet(settings, folder) as fleet:     returns when the model has answered
         fleet.url, fleet.status(worker=0)
-        fleet.check()                          raises `FleetError` if a part has died
+        fleet.check()                          raises `ProcessError` if a part has died
 
 No etcd, no NATS: the parts find each other by files in `folder`, talk over TCP
 on 127.0.0.1, and write their logs to `folder`. Leaving the `with` block, by
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, Engine, EngineSettings, build_engine
-from mock_engine.errors import ConfigError, MockEngineError
+from mock_engine.errors import ConfigError, ProcessError
 from mock_engine.output_tokens import find_tokenizer
 from mock_engine.recorder import TimelineRow, read_status
 
@@ -48,10 +48,6 @@ _CHILD_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 _PLANES = ("--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq")
-
-
-class FleetError(MockEngineError):
-    """A part did not come up, or died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +117,11 @@ class Fleet:
         self.stop()
 
     def check(self) -> None:
-        """Raise `FleetError`, saying which part died and its last words, if one did."""
+        """Raise `ProcessError`, saying which part died and its last words, if one did."""
         for part in self.parts:
             status = part.process.poll()
             if status is not None:
-                raise FleetError(f"{part.name} {_how_it_ended(status)}.{_last_words(part.log_path)}")
+                raise ProcessError(f"{part.name} {_how_it_ended(status)}.{_last_words(part.log_path)}")
 
     def stop(self) -> None:
         """Stop all parts, workers first, and wait until they are gone. Safe twice; not cut short by signals."""
@@ -177,7 +173,7 @@ class Fleet:
             self.check()
             if time.monotonic() > deadline_s:
                 logs = "".join(f"\n{part.name}:{_last_words(part.log_path)}" for part in self.parts)
-                raise FleetError(f"the model did not answer within {START_TIMEOUT_S:g} s.{logs}")
+                raise ProcessError(f"the model did not answer within {START_TIMEOUT_S:g} s.{logs}")
             time.sleep(_POLL_S)
         message = {"role": "user", "content": "hello"}
         body = {"model": self.model, "messages": [message], "max_tokens": 1}
@@ -185,7 +181,7 @@ class Fleet:
             _http(f"{self.url}/v1/chat/completions", body, _ANSWER_TIMEOUT_S)
         except (OSError, ValueError) as error:
             self.check()
-            raise FleetError(f"the model is registered but does not answer: {error}") from error
+            raise ProcessError(f"the model is registered but does not answer: {error}") from error
 
     def _num_registered(self) -> int:
         """Workers that the frontend can send requests to; 0 as long as it does not list the model."""

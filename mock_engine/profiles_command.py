@@ -26,9 +26,9 @@ def list_command(json_path: Path | None, console: Console) -> int:
         _write(json_path, [summarize(profile) for profile in profiles])
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("profile", no_wrap=True)
-    for column in ("KV tokens", "decode ms", "prefill ms"):
-        table.add_column(column, justify="right")
-    table.add_column("measured")
+    for column in ("KV tokens", "decode", "prefill"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("tables")
     for profile in profiles:
         summary = summarize(profile)
         table.add_row(
@@ -39,7 +39,7 @@ def list_command(json_path: Path | None, console: Console) -> int:
             profile.tables if profile.is_measured else "no",
         )
     console.print(table)
-    console.print("[dim]decode: 32 sequences of 1,024 tokens; prefill: 2,048 tokens. More: profiles show PROFILE[/dim]")
+    console.print("[dim]ms for: decode of 32 sequences of 1,024 tokens; prefill of 2,048 tokens[/dim]")
     return 0
 
 

@@ -25,7 +25,7 @@ _LINE_EVERY_S = 10.0
 
 def serve(settings: FleetSettings, json_path: Path | None, console: Console) -> None:
     """
-    Serve until Ctrl-C or SIGTERM, or until a part dies (`FleetError`).
+    Serve until Ctrl-C or SIGTERM, or until a part dies (`ProcessError`).
 
     `json_path` gets `describe` once the model answers. KeyboardInterrupt goes through before that.
     """

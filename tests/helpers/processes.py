@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 PATIENCE_S = 60.0  # for a condition to come true; never waited for in full when all is well
 
@@ -27,9 +27,12 @@ def wait_for(condition: Callable[[], Any], what: str | Callable[[], str]) -> Any
 
 
 class Command:
-    """`mock-engine ...` under way; its output goes to a file."""
+    """`mock-engine ...` under way; its output goes to a file. conftest stops what a failed test leaves running."""
 
-    def __init__(self, arguments: list[str], folder: Path) -> None:
+    started: ClassVar[list[Command]] = []
+
+    def __init__(self, arguments: list[str], folder: Path, temporary: Path | None = None) -> None:
+        """`temporary` is where it puts temporary files. (AIPerf's sockets need a short path: leave that to it.)"""
         self.output_path = folder / "output.txt"
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
@@ -38,8 +41,19 @@ class Command:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env={**os.environ, "TMPDIR": str(folder)},  # what is left in there was left behind
+                env=os.environ if temporary is None else {**os.environ, "TMPDIR": str(temporary)},
             )
+
+        Command.started.append(self)
+
+    @classmethod
+    def stop_all(cls) -> None:
+        """Stop what still runs."""
+        while cls.started:
+            command = cls.started.pop()
+            if command.process.poll() is None:
+                command.interrupt(signal.SIGTERM)
+                command.exit_status()
 
     @property
     def output(self) -> str:
@@ -63,6 +77,8 @@ def _part_name(pid: int) -> str | None:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     except OSError:
         return None
+    if "profile" in words and any(word.endswith("aiperf") for word in words):
+        return "aiperf"
     if "dynamo.frontend" in words:
         return "frontend"
     if "--status" in words:
@@ -77,16 +93,23 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def session_members(session: int) -> list[int]:
+    """Process ids of all that still run in a session."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended just now
+            state, _, _, its_session = path.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[:4]
+            if int(its_session) == session and state != "Z":
+                members.append(int(path.parent.name))
+    return members
+
+
 @contextmanager
 def serving(folder: Path, *arguments: str) -> Iterator[tuple[Command, dict[str, Any]]]:
     """`mock-engine serve` on any free port, once it has answered, and what its --json says."""
     ready = folder / "ready.json"
-    command = Command(["serve", "--port", "0", "--json", str(ready), *arguments], folder)
-    try:
-        wait_for(lambda: ready.exists() or command.process.poll() is not None, "serve is ready")
-        assert command.process.poll() is None, command.output
-        yield command, json.loads(ready.read_text(encoding="utf-8"))
-    finally:
-        if command.process.poll() is None:
-            command.interrupt(signal.SIGTERM)
-            command.exit_status()
+    command = Command(["serve", "--port", "0", "--json", str(ready), *arguments], folder, temporary=folder)
+    wait_for(lambda: ready.exists() or command.process.poll() is not None, "serve is ready")
+    assert command.process.poll() is None, command.output
+    yield command, json.loads(ready.read_text(encoding="utf-8"))
+    Command.stop_all()
