@@ -84,11 +84,11 @@ def _run_aiperf(command: list[str], fleet: Fleet) -> int:
     except ProcessError as error:
         raise ProcessError(f"the run was cut short: {error}") from error
     finally:
-        _stop(process)
+        stop_aiperf(process)
     return process.returncode
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop_aiperf(process: subprocess.Popen[bytes]) -> None:
     """AIPerf is a dozen processes in a session of their own: ask the first to end, then see to it that none is left."""
     if process.poll() is None:
         process.terminate()

@@ -47,7 +47,7 @@ _CHILD_ENVIRONMENT = {
     "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
     "PYTHONUNBUFFERED": "1",
 }
-_PLANES = ("--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq")
+PLANES = ("--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +139,12 @@ class Fleet:
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        frontend = ("-m", "dynamo.frontend", "--http-host", self.settings.host, "--http-port", str(self.port), *_PLANES)
+        frontend = ("-m", "dynamo.frontend", "--http-host", self.settings.host, "--http-port", str(self.port), *PLANES)
         self._spawn("frontend", frontend)
         for worker in range(self.settings.num_workers):
             # Each worker has jitter of its own.
             engine = replace(self.settings.engine, seed=self.settings.engine.seed + worker)
-            command = ["-m", "mock_engine", "worker", *engine.to_argv(), *_PLANES]
+            command = ["-m", "mock_engine", "worker", *engine.to_argv(), *PLANES]
             command += ["--model-path", str(self.settings.model_path), "--model-name", self.model]
             command += ["--status", str(self._status_path(worker))]
             if self._is_recorded:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ _DEFAULT_REQUEST_COUNT = 64
 # Dynamo's frontend (to 1.4.2 at least) does not set TCP_NODELAY. On a reused connection the first chunk waits for
 # the client's delayed acknowledgement of the response header, 40 ms that no GPU takes; on a new one it does not.
 _CONNECTIONS = "--connection-reuse-strategy"
+# On few cores AIPerf (0.13.0) takes a single worker process, whose event loop then adds tens of milliseconds to TTFT.
+_WORKERS = "--workers-max"
+_MIN_WORKERS = 4
 _SYNTHETIC_ONLY = ("isl", "osl", "isl_stddev", "osl_stddev")
 
 
@@ -89,6 +93,8 @@ class Load:
         command += ["--extra-inputs", "ignore_eos:true"]
         if _CONNECTIONS not in self.aiperf_flags:
             command += [_CONNECTIONS, "never"]
+        if _WORKERS not in self.aiperf_flags and (os.cpu_count() or 1) < 2 * _MIN_WORKERS:
+            command += [_WORKERS, str(_MIN_WORKERS)]
         for name, value in self._values().items():
             command += [flag_of(name)] if value is True else [flag_of(name), str(value)]
         return [*command, *self.aiperf_flags]
