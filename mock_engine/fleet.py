@@ -139,7 +139,15 @@ class Fleet:
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        frontend = ("-m", "dynamo.frontend", "--http-host", self.settings.host, "--http-port", str(self.port), *PLANES)
+        frontend = (
+            "-m",
+            "mock_engine.frontend",
+            "--http-host",
+            self.settings.host,
+            "--http-port",
+            str(self.port),
+            *PLANES,
+        )
         self._spawn("frontend", frontend)
         for worker in range(self.settings.num_workers):
             # Each worker has jitter of its own.

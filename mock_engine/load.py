@@ -20,9 +20,6 @@ from mock_engine.errors import ConfigError
 _DEFAULT_ISL, _DEFAULT_OSL = 512, 128
 _DEFAULT_CONCURRENCY = 8
 _DEFAULT_REQUEST_COUNT = 64
-# Dynamo's frontend (to 1.4.2 at least) does not set TCP_NODELAY. On a reused connection the first chunk waits for
-# the client's delayed acknowledgement of the response header, 40 ms that no GPU takes; on a new one it does not.
-_CONNECTIONS = "--connection-reuse-strategy"
 # On few cores AIPerf (0.13.0) takes a single worker process, whose event loop then adds tens of milliseconds to TTFT.
 _WORKERS = "--workers-max"
 _MIN_WORKERS = 4
@@ -91,8 +88,6 @@ class Load:
         command += ["--ui", "simple" if sys.stderr.isatty() else "none", "--no-gpu-telemetry"]
         # Our engine ends at an eos token now and then, as a model does; a benchmark wants the lengths it asked for.
         command += ["--extra-inputs", "ignore_eos:true"]
-        if _CONNECTIONS not in self.aiperf_flags:
-            command += [_CONNECTIONS, "never"]
         if _WORKERS not in self.aiperf_flags and (os.cpu_count() or 1) < 2 * _MIN_WORKERS:
             command += [_WORKERS, str(_MIN_WORKERS)]
         for name, value in self._values().items():

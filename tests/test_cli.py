@@ -160,10 +160,10 @@ def test_settings_survive_the_way_to_a_worker(settings):
 
 
 def test_what_follows_two_dashes_goes_to_aiperf_as_it_is(tmp_path):
-    flags = parse(["bench", "--isl", "100", "--", "--connection-reuse-strategy", "pooled", "--isl-block-size", "64"])
+    flags = parse(["bench", "--isl", "100", "--", "--workers-max", "9", "--isl-block-size", "64"])
     command = Load.from_flags(flags).aiperf_command("m", "http://u", tmp_path, tmp_path / "out")
-    assert command[-4:] == ["--connection-reuse-strategy", "pooled", "--isl-block-size", "64"]
-    assert command.count("--connection-reuse-strategy") == 1
+    assert command[-4:] == ["--workers-max", "9", "--isl-block-size", "64"]
+    assert command.count("--workers-max") == 1
     assert command[command.index("--isl") + 1] == "100"
     assert command[command.index("--concurrency") + 1] == "8"
 

@@ -207,6 +207,28 @@ def test_a_client_that_is_gone_is_noticed_within_20_ms_without_an_abort():
     run(main())
 
 
+def test_of_tokens_due_together_first_ones_go_out_first():
+    async def main():
+        drive = make_drive()
+        drive.start()
+        order = []
+
+        async def client(name):
+            stream = drive.submit([Request(name, 4, 3)])
+            while tokens := await stream.next_tokens():
+                order.extend((name, token.output_index) for token in tokens)
+                if tokens[-1].is_last:
+                    break
+
+        old = asyncio.create_task(client("old"))
+        await asyncio.sleep(STEP_S * 1.5)
+        await asyncio.gather(old, client("new"))
+        await drive.stop()
+        assert order == [("old", 0), ("old", 1), ("new", 0), ("old", 2), ("new", 1), ("new", 2)]
+
+    run(main())
+
+
 def test_choices_of_one_prompt_are_one_stream():
     async def main():
         drive = make_drive()

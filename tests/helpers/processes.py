@@ -79,7 +79,7 @@ def _part_name(pid: int) -> str | None:
         return None
     if "profile" in words and any(word.endswith("aiperf") for word in words):
         return "aiperf"
-    if "dynamo.frontend" in words:
+    if "mock_engine.frontend" in words:
         return "frontend"
     if "--status" in words:
         return Path(words[words.index("--status") + 1]).name.removesuffix(".status.json")
