@@ -1,8 +1,6 @@
 """`python -m mock_engine` is `mock-engine`."""
 
-import sys
-
-from mock_engine.cli import main
+from mock_engine.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -19,6 +19,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -27,14 +28,22 @@ from mock_engine.errors import MockEngineError, ProcessError
 from mock_engine.flags import OneLineParser, add_engine_flags, add_fleet_flags, add_load_flags, add_model_flags
 from mock_engine.fleet import FleetSettings
 
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command in `argv` (default: the process's) and return its exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, _interrupt)
+
+def run() -> NoReturn:
+    """The process: run the command in its arguments and end with that exit status."""
+    if sys.argv[1:2] == ["worker"]:
+        _worker(sys.argv[2:])
+        sys.exit(0)
+    for number in _INTERRUPTS:
+        signal.signal(number, _interrupt)
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: list[str]) -> int:
+    """Run the command in `argv` and return its exit status."""
     try:
-        if argv[:1] == ["worker"]:
-            return _worker(argv[1:])
         flags = parse(argv)
         status: int = flags.run(flags)
         return status
@@ -58,6 +67,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """The first interrupt begins to stop everything, which ends by itself; further ones must not cut that short."""
+    for number in _INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -104,13 +116,11 @@ def _add_json_flag(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
 
 
-def _worker(argv: list[str]) -> int:
+def _worker(argv: list[str]) -> None:
     from mock_engine.dynamo_release import run_backend
     from mock_engine.llm_engine import MockLLMEngine
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Dynamo's worker has handlers of its own
     run_backend(MockLLMEngine, argv)
-    return 0
 
 
 def _fleet_settings(flags: argparse.Namespace) -> FleetSettings:

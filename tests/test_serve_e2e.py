@@ -10,6 +10,7 @@ import random
 import signal
 import socket
 import sys
+import time
 
 import aiohttp
 import pytest
@@ -95,6 +96,17 @@ def test_an_interrupt_during_start_stops_what_has_started(tmp_path, number):
     assert command.exit_status() == 130
     assert command.output == "mock-engine: stopped\n"
     assert not any(map(is_alive, pids.values()))
+
+
+def test_impatience_does_not_cut_stopping_short(tmp_path):
+    with serving(tmp_path) as (command, facts):
+        while command.process.poll() is None:
+            command.interrupt()
+            time.sleep(0.002)  # as fast as a finger, and then some
+        assert command.exit_status() == 0
+    assert command.output.endswith("\nstopped\n")
+    assert not any(map(is_alive, facts["pids"].values()))
+    assert not list(tmp_path.glob("mock-engine-*"))
 
 
 def test_not_even_a_killed_serve_leaves_parts_behind(tmp_path):
