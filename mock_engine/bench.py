@@ -27,7 +27,7 @@ from mock_engine.bench_report import print_table, write_report
 from mock_engine.bench_results import AIPERF_EXPORT, Results, read_results
 from mock_engine.errors import ConfigError, ProcessError
 from mock_engine.fleet import Fleet, FleetSettings
-from mock_engine.load import Load
+from mock_engine.load import Load, aiperf_environment
 from mock_engine.serve import print_plain
 
 _POLL_S = 0.2
@@ -46,13 +46,15 @@ def bench(
     with Fleet(settings, folder / "engine", is_recorded=True) as fleet:
         print_plain(console, f"{fleet.model} answers at {fleet.url}: {fleet.engine.profile.name}")
         ready_unix_s = time.time()
-        command = load.aiperf_command(fleet.model, fleet.url, settings.model_path, folder / "aiperf")
+        command = load.aiperf_command(fleet.model, fleet.url, folder / "aiperf")
         print_plain(console, shlex.join(["aiperf", *command[1:]]))
-        status = _run_aiperf(command, fleet)
-    shutil.rmtree(folder / "engine" / "discovery", ignore_errors=True)
+        cache_folder = folder / "engine" / "tokenizer-cache"
+        status = _run_aiperf(command, aiperf_environment(settings.model_path, cache_folder), fleet)
+    for temporary in (cache_folder, folder / "engine" / "discovery"):
+        shutil.rmtree(temporary, ignore_errors=True)
     if not (folder / "aiperf" / AIPERF_EXPORT).is_file():
         raise ProcessError(f"AIPerf ended with exit status {status} and without results. Its log: {folder}/aiperf/logs")
-    results = read_results(folder, fleet, command, ready_unix_s)
+    results = read_results(folder, fleet, ready_unix_s)
     _write_json(folder / "bench.json", results)
     if json_path is not None:
         _write_json(json_path, results)
@@ -72,9 +74,8 @@ def _make_folder(folder: Path) -> None:
         raise ConfigError(f"--output-dir {folder} is not empty; name a new folder, so that no results are mixed up")
 
 
-def _run_aiperf(command: list[str], fleet: Fleet) -> int:
+def _run_aiperf(command: list[str], environment: dict[str, str], fleet: Fleet) -> int:
     """AIPerf's exit status. If a part of the fleet dies, or we are interrupted, AIPerf is stopped first."""
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         while process.poll() is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,7 +35,7 @@ Metric = dict[str, Any]
 class Results:
     """Everything that the report says. Times of `requests` and `timelines` are model seconds."""
 
-    command: list[str]
+    command: list[str]  # what the user typed
     facts: dict[str, Any]  # profile, versions, commit, capacity
     aiperf: dict[str, Any]  # AIPerf's export as it is
     records: list[dict[str, Any]]  # AIPerf's, one a request
@@ -77,7 +78,7 @@ class Results:
         }
 
 
-def read_results(folder: Path, fleet: Fleet, command: list[str], ready_unix_s: float) -> Results:
+def read_results(folder: Path, fleet: Fleet, ready_unix_s: float) -> Results:
     """Results of a run that is over; only requests that came after `ready_unix_s` count."""
     workers = range(fleet.settings.num_workers)
     recorded = [row for worker in workers for row in read_requests(fleet.record_folder(worker))]
@@ -97,7 +98,7 @@ def read_results(folder: Path, fleet: Fleet, command: list[str], ready_unix_s: f
     last = [timeline[-1] for timeline in timelines]
     queries = sum(row.prefix_queries_tokens for row in last)
     return Results(
-        command=["aiperf", *command[1:]],
+        command=["mock-engine", *sys.argv[1:]],
         facts=_facts(fleet, aiperf),
         aiperf=aiperf,
         records=_records(folder / "aiperf" / AIPERF_RECORDS),

@@ -2,7 +2,8 @@
 What AIPerf sends: the load flags, checked, and the command that they make.
 
     load = Load.from_flags(flags)
-    load.aiperf_command(model, url, tokenizer, artifact_folder)
+    command = load.aiperf_command(model, url, artifact_folder)
+    environment = aiperf_environment(model_path, cache_folder)
 """
 
 from __future__ import annotations
@@ -24,6 +25,30 @@ _DEFAULT_REQUEST_COUNT = 64
 _WORKERS = "--workers-max"
 _MIN_WORKERS = 4
 _SYNTHETIC_ONLY = ("isl", "osl", "isl_stddev", "osl_stddev")
+
+
+TOKENIZER_NAME = "mock-engine/tokenizer"
+
+
+def aiperf_environment(model_path: Path, cache_folder: Path) -> dict[str, str]:
+    """
+    The environment for AIPerf: `cache_folder` becomes a Hugging Face cache that holds `model_path` as `TOKENIZER_NAME`.
+
+    AIPerf 0.13.0 takes a plain folder for a tokenizer too, but not where it decodes in parallel, as it does
+    for traces: there it goes offline, and looks only into the cache.
+    """
+    repository = cache_folder / f"models--{TOKENIZER_NAME.replace('/', '--')}"
+    revision = "local"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision, encoding="utf-8")
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / revision).symlink_to(model_path.resolve(), target_is_directory=True)
+    return {
+        **os.environ,
+        "HF_HUB_CACHE": str(cache_folder.resolve()),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +105,10 @@ class Load:
         """The load in what a parser with `flags.add_load_flags` has parsed."""
         return cls(**{name: getattr(flags, name) for name in cls.__dataclass_fields__})
 
-    def aiperf_command(self, model: str, url: str, tokenizer: Path, artifact_folder: Path) -> list[str]:
-        """`aiperf profile ...` in this environment; results go to `artifact_folder`."""
+    def aiperf_command(self, model: str, url: str, artifact_folder: Path) -> list[str]:
+        """`aiperf profile ...`, to be run with `aiperf_environment`; results go to `artifact_folder`."""
         aiperf = Path(sys.executable).with_name("aiperf")
-        command = [str(aiperf), "profile", "--model", model, "--url", url, "--tokenizer", str(tokenizer)]
+        command = [str(aiperf), "profile", "--model", model, "--url", url, "--tokenizer", TOKENIZER_NAME]
         command += ["--endpoint-type", "chat", "--streaming", "--artifact-dir", str(artifact_folder)]
         command += ["--ui", "simple" if sys.stderr.isatty() else "none", "--no-gpu-telemetry"]
         # Our engine ends at an eos token now and then, as a model does; a benchmark wants the lengths it asked for.

@@ -33,7 +33,7 @@ from mock_engine.bench_results import AIPERF_EXPORT, AIPERF_RECORDS
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings
 from mock_engine.errors import MockEngineError
 from mock_engine.fleet import PLANES, Fleet, FleetSettings
-from mock_engine.load import Load
+from mock_engine.load import Load, aiperf_environment
 
 _ROOT = Path(__file__).resolve().parent.parent
 _MODEL = str(DEFAULT_TOKENIZER)  # folder and served name: sample_main and the mocker take one for both
@@ -92,7 +92,7 @@ def measure(arguments: Sequence[str], load: Load, request_count: int, folder: Pa
         start_s, start_cpu_s = time.monotonic(), _cpu_s(worker)
         time.sleep(_IDLE_S)
         before_s, before_cpu_s = time.monotonic(), _cpu_s(worker)
-        _run_aiperf(load.aiperf_command(_MODEL, fleet.url, DEFAULT_TOKENIZER, folder / "aiperf"), fleet)
+        _run_aiperf(load.aiperf_command(_MODEL, fleet.url, folder / "aiperf"), folder / "cache", fleet)
         cpu_s, wall_s = _cpu_s(worker) - before_cpu_s, time.monotonic() - before_s
     idle_share = (before_cpu_s - start_cpu_s) / (before_s - start_s)
     export = json.loads((folder / "aiperf" / AIPERF_EXPORT).read_text(encoding="utf-8"))
@@ -117,9 +117,9 @@ def _cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def _run_aiperf(command: list[str], fleet: Fleet) -> None:
+def _run_aiperf(command: list[str], cache_folder: Path, fleet: Fleet) -> None:
     deadline_s = time.monotonic() + _AIPERF_TIMEOUT_S
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment = aiperf_environment(DEFAULT_TOKENIZER, cache_folder)
     with (fleet.folder / "aiperf.log").open("wb") as log:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

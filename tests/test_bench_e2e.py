@@ -20,7 +20,8 @@ pytestmark = [
 ]
 
 SMALL = ["--isl", "64", "--osl", "16", "--concurrency", "4", "--output-dir", "out"]
-PROMPTS = [[0, 1, 2], [0, 1, 3], [0, 1, 4, 5]]  # blocks of a trace, the last of each shorter; all share two
+# Blocks of a trace: all share two, the last of each is shorter. From ten blocks on AIPerf decodes them in parallel.
+PROMPTS = [[0, 1, *range(10 * n, 10 * n + n + 1)] for n in range(1, 6)]
 
 
 def bench(tmp_path, *arguments):
@@ -54,17 +55,17 @@ def test_aiperf_s_table_has_no_error_no_warning_and_the_model_s_figures_beside_i
 
 def test_a_mooncake_trace_is_replayed_at_its_own_times_and_hits_the_prefix_cache(tmp_path):
     rows = [
-        {"timestamp": 300 * n, "input_length": 512 * len(ids) - 10, "output_length": 5 + n, "hash_ids": ids}
+        {"timestamp": 200 * n, "input_length": 512 * len(ids) - 10, "output_length": 5 + n, "hash_ids": ids}
         for n, ids in enumerate(PROMPTS)
     ]
     trace = tmp_path / "trace.jsonl"
     trace.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     flags = ["--input-file", str(trace), "--custom-dataset-type", "mooncake_trace", "--fixed-schedule"]
     _, results = bench(tmp_path, *flags, "--output-dir", "out")
-    assert results["output_sequence_length"]["sum"] == 5 + 6 + 7
-    assert results["prefix_cache_hit_rate"] > 0.4
+    assert results["output_sequence_length"]["sum"] == sum(range(5, 10))
+    assert results["prefix_cache_hit_rate"] > 0.25
     # AIPerf has it from usage.prompt_tokens_details.cached_tokens.
-    assert results["total_usage_prompt_cache_read_tokens"]["avg"] >= 2 * 2 * 496
+    assert results["total_usage_prompt_cache_read_tokens"]["avg"] >= 4 * 2 * 496
 
 
 def start_and_wait_for_aiperf(tmp_path):

@@ -65,7 +65,7 @@ def make_results(**changes):
     metric = {"unit": "ms", "avg": 300.0, "p50": 300.0, "p95": 310.0, "p99": 320.0}
     rows = [make_row(number) for number in range(4)]
     results = Results(
-        command=["aiperf", "profile", "--model", "a model"],
+        command=["mock-engine", "bench", "--model-name", "a model"],
         facts={
             "profile": "gpu/model/engine",
             "num_workers": 1,
@@ -113,7 +113,7 @@ def test_model_metrics_are_the_due_times_in_real_milliseconds(osls, ttft_s, itl_
     longest_s = ttft_s + (max(osls) - 1) * itl_s
     assert metrics["request_latency"]["max"] == pytest.approx(longest_s * to_ms)
     # All came at once, so the run takes as long as its longest request.
-    assert metrics["output_token_throughput"]["avg"] == pytest.approx(sum(osls) / longest_s * speedup_ratio, rel=1e-5)
+    assert metrics["output_token_throughput"]["avg"] == pytest.approx(sum(osls) / longest_s * speedup_ratio, rel=1e-3)
     assert metrics["request_count"]["avg"] == len(osls)
 
 
@@ -176,7 +176,11 @@ def test_the_page_opens_with_command_and_versions_and_shows_errors_and_pictures(
     results = make_results(aiperf={**make_results().aiperf, "error_summary": errors})
     write_report(tmp_path, results)
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert page.index("aiperf profile --model 'a model'") < page.index("commit abc") < page.index("| TTFT p50 (ms) |")
+    assert (
+        page.index("mock-engine bench --model-name 'a model'")
+        < page.index("commit abc")
+        < page.index("| TTFT p50 (ms) |")
+    )
     assert "**3 requests failed**" in page
     assert "no worker" in page
     for name in ("latency.png", "timeline.png"):

@@ -161,7 +161,7 @@ def test_settings_survive_the_way_to_a_worker(settings):
 
 def test_what_follows_two_dashes_goes_to_aiperf_as_it_is(tmp_path):
     flags = parse(["bench", "--isl", "100", "--", "--workers-max", "9", "--isl-block-size", "64"])
-    command = Load.from_flags(flags).aiperf_command("m", "http://u", tmp_path, tmp_path / "out")
+    command = Load.from_flags(flags).aiperf_command("m", "http://u", tmp_path)
     assert command[-4:] == ["--workers-max", "9", "--isl-block-size", "64"]
     assert command.count("--workers-max") == 1
     assert command[command.index("--isl") + 1] == "100"
@@ -173,7 +173,7 @@ def test_a_rate_or_a_schedule_leaves_concurrency_open(tmp_path):
         Load(request_rate=2.0),
         Load(input_file=PROFILES_DIR / "README.md", custom_dataset_type="mooncake_trace", fixed_schedule=True),
     ):
-        assert "--concurrency" not in load.aiperf_command("m", "http://u", tmp_path, tmp_path)
+        assert "--concurrency" not in load.aiperf_command("m", "http://u", tmp_path)
 
 
 @given(st.integers(-5, 5), st.floats(allow_nan=True))
