@@ -23,7 +23,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,8 @@ class Fleet:
         )
         self._spawn("frontend", frontend)
         for worker in range(self.settings.num_workers):
-            # Each worker has jitter of its own.
-            engine = replace(self.settings.engine, seed=self.settings.engine.seed + worker)
-            command = ["-m", "mock_engine", "worker", *engine.to_argv(), *PLANES]
+            # All with the same seed: an answer does not depend on the worker that gives it.
+            command = ["-m", "mock_engine", "worker", *self.settings.engine.to_argv(), *PLANES]
             command += ["--model-path", str(self.settings.model_path), "--model-name", self.model]
             command += ["--status", str(self._status_path(worker))]
             if self._is_recorded:

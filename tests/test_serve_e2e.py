@@ -43,12 +43,26 @@ def ask(facts, **options):
     return asyncio.run(main())
 
 
+def wait_for_statuses(folder):
+    """Each worker's state, once both have made tokens."""
+    paths = sorted(folder.glob("mock-engine-*/worker-*.status.json"))
+
+    def read_all():
+        statuses = [read_status(path) for path in paths]
+        return statuses if all(status.num_output_tokens for status in statuses) else None
+
+    return wait_for(read_all, "both workers have made tokens")
+
+
 def test_serve_answers_says_all_there_is_to_know_and_leaves_nothing_behind(tmp_path):
     with serving(tmp_path, "--workers", "2") as (command, facts):
         status, answer = ask(facts, max_tokens=7)
         assert status == 200
         assert answer["usage"]["completion_tokens"] == 7
         assert len(answer["choices"][0]["message"]["content"].split()) == 7
+        # The next one goes to the other worker (round robin), and the same question has the same answer.
+        assert ask(facts, max_tokens=7)[1]["choices"] == answer["choices"]
+        assert len(wait_for_statuses(tmp_path)) == 2
         assert set(facts["pids"]) == {"frontend", "worker-0", "worker-1"}
         for line in ("http://127.0.0.1:", facts["profile"], "28,198 KV blocks of 16", "curl -N ", "aiperf profile "):
             assert line in command.output
