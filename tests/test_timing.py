@@ -234,6 +234,16 @@ def test_a_profile_says_where_it_was_measured(name):
     assert timing.is_measured_at(prefill(500, 2000)) == (profile.tables == KERNELS)
 
 
+@pytest.mark.parametrize("name", [name for name in list_profiles() if load_profile(name).tables == KERNELS])
+@pytest.mark.parametrize("context_tokens", [2, 7, 15])
+def test_a_short_hello_is_no_reason_for_a_warning(name, context_tokens):
+    """Kernel tables begin at 16 tokens of context; a shorter one costs the same launch, and counts as measured."""
+    timing = TimingModel(load_profile(name))
+    load, smallest = StepLoad((), 1, context_tokens), StepLoad((), 1, 16)
+    assert timing.is_measured_at(load)
+    assert timing.step_s(load) == pytest.approx(timing.step_s(smallest), rel=0.01)
+
+
 def test_a_table_covers_the_hull_of_its_points_and_no_more():
     """Large batches were measured over short contexts only: a triangle, not a square."""
     table = load_profile("h100-sxm/llama-3.1-8b/vllm-tp1-bf16").latency["decode_attention"]
