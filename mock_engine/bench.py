@@ -42,8 +42,10 @@ def bench(
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"bench needs {needed}, which is not installed. Run: pip install 'mock-engine[bench]'")
     folder = output_folder or Path(f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    fleet = Fleet(settings, folder / "engine", is_recorded=True)
+    load.check_fits(fleet.engine.scheduler.max_model_len)
     _make_folder(folder)
-    with Fleet(settings, folder / "engine", is_recorded=True) as fleet:
+    with fleet:
         print_plain(console, f"{fleet.model} answers at {fleet.url}: {fleet.engine.profile.name}")
         ready_unix_s = time.time()
         command = load.aiperf_command(fleet.model, fleet.url, folder / "aiperf")

@@ -38,9 +38,10 @@ def plot_latency(path: Path, results: Results) -> None:
         for values_ms, colour, label in ((values, _MODEL, "model"), (measured, _MEASURED, "AIPerf")):
             if values_ms:
                 panel.ecdf(values_ms, color=colour, label=label)
-        panel.set(title=title, xlabel="ms", ylabel="share of requests", xlim=(0, None), ylim=(0, 1))
+        panel.set(title=title, xlabel="ms", ylabel="share of requests", ylim=(0, 1))
         _plain(panel)
         panel.legend(frameon=False, loc="upper left")
+    panels[0].set_xlim(left=0)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

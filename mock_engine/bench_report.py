@@ -50,7 +50,7 @@ def print_table(results: Results, console: Console) -> None:
     for column in ("AIPerf", "model", "difference"):
         table.add_column(column, justify="right")
     for label, measured, model, difference in comparison_rows(results):
-        table.add_row(label, f"{measured:,.2f}", f"{model:,.2f}", f"{difference:+.1%}")
+        table.add_row(label, f"{measured:,.2f}", f"{model:,.2f}", _percent(difference))
     console.print()
     console.print(table)
     console.print(f"\n{results.verdict}", highlight=False)
@@ -89,7 +89,7 @@ def _page(results: Results) -> list[str]:
         "| | AIPerf | model | difference |",
         "|---|--:|--:|--:|",
         *(
-            f"| {label} | {measured:,.2f} | {model:,.2f} | {difference:+.1%} |"
+            f"| {label} | {measured:,.2f} | {model:,.2f} | {_percent(difference)} |"
             for label, measured, model, difference in comparison_rows(results)
         ),
         "",
@@ -131,3 +131,7 @@ def _figures(results: Results) -> dict[str, str]:
 def _num_errors(results: Results) -> int:
     errors: list[dict[str, Any]] = results.aiperf.get("error_summary") or []
     return sum(int(error["count"]) for error in errors)
+
+
+def _percent(difference: float) -> str:
+    return f"{difference:+.1%}".replace("-0.0%", "+0.0%")

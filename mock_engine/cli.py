@@ -56,6 +56,9 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a file that the user named
+        print(f"mock-engine: error: {error.filename}: {error.strerror}. Name another file.", file=sys.stderr)
+        return 2
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -105,6 +105,15 @@ class Load:
         """The load in what a parser with `flags.add_load_flags` has parsed."""
         return cls(**{name: getattr(flags, name) for name in cls.__dataclass_fields__})
 
+    def check_fits(self, max_model_len: int) -> None:
+        """Raise `ConfigError` if made-up requests of this length can never be served."""
+        isl, osl = self.isl or _DEFAULT_ISL, self.osl or _DEFAULT_OSL
+        if self.input_file is None and isl + osl > max_model_len:
+            raise ConfigError(
+                f"--isl {isl} and --osl {osl} are {isl + osl} tokens; the context length is {max_model_len}. "
+                f"Lower them, or raise --max-model-len."
+            )
+
     def aiperf_command(self, model: str, url: str, artifact_folder: Path) -> list[str]:
         """`aiperf profile ...`, to be run with `aiperf_environment`; results go to `artifact_folder`."""
         aiperf = Path(sys.executable).with_name("aiperf")

@@ -65,7 +65,7 @@ def check_command(names: list[str], json_path: Path | None, console: Console) ->
     if json_path is not None:
         _write(json_path, problems)
     for name, found in problems.items():
-        console.print(f"{name}: {'fine' if not found else f'{len(found)} problems'}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {f'{len(found)} wrong' if found else 'fine'}", highlight=False, soft_wrap=True)
     lines = [line for found in problems.values() for line in found]
     if lines:
         raise ProfileError("\n".join(lines))

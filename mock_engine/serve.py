@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import shlex
 import tempfile
 import time
@@ -27,17 +27,25 @@ def serve(settings: FleetSettings, json_path: Path | None, console: Console) -> 
     """
     Serve until Ctrl-C or SIGTERM, or until a part dies (`ProcessError`).
 
-    `json_path` gets `describe` once the model answers. KeyboardInterrupt goes through before that.
+    `json_path` gets `describe` once the model answers, and is there as long as it does. KeyboardInterrupt
+    goes through before that.
     """
+    if json_path is not None:
+        json_path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="mock-engine-") as folder, Fleet(settings, Path(folder)) as fleet:
         print_welcome(fleet, console)
         if json_path is not None:
             json_path.write_text(json.dumps(describe(fleet), indent=2) + "\n", encoding="utf-8")
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             if console.is_terminal:
                 _watch_live(fleet, console)
             else:
                 _watch_in_lines(fleet, console)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            if json_path is not None:
+                json_path.unlink(missing_ok=True)
     print_plain(console, "stopped")
 
 
@@ -56,7 +64,7 @@ def describe(fleet: Fleet) -> dict[str, Any]:
         "max_num_seqs": engine.scheduler.max_num_seqs,
         "max_num_batched_tokens": engine.scheduler.max_num_batched_tokens,
         "speedup_ratio": fleet.settings.engine.speedup_ratio,
-        "pids": {part.name: part.process.pid for part in fleet.parts},
+        "pids": {"serve": os.getpid(), **{part.name: part.process.pid for part in fleet.parts}},
     }
 
 
@@ -79,11 +87,11 @@ def aiperf_command(fleet: Fleet) -> str:
 def print_welcome(fleet: Fleet, console: Console) -> None:
     """URL, model, profile, capacity, and two commands to copy."""
     facts = describe(fleet)
-    workers = "1 worker" if facts["num_workers"] == 1 else f"{facts['num_workers']} workers, each with"
+    workers = "1 worker with" if facts["num_workers"] == 1 else f"{facts['num_workers']} workers, each with"
     rows = {
         "URL": f"{fleet.url}/v1",
         "model": fleet.model,
-        "profile": f"{facts['profile']} ({'as measured' if fleet.engine.profile.is_measured else 'not measured'})",
+        "profile": f"{facts['profile']} ({'measured' if fleet.engine.profile.is_measured else 'not measured'})",
         "capacity": (
             f"{workers} {facts['total_kv_blocks']:,} KV blocks of {facts['block_size']} tokens, context "
             f"{facts['max_model_len']:,}, {facts['max_num_seqs']:,} sequences, "

@@ -163,6 +163,7 @@ def test_the_comparison_holds_what_both_sides_have():
     ("changes", "words"),
     [
         ({}, "The profile set these times"),
+        ({}, "HTTP, tokenizing and AIPerf itself add 50.0 ms to TTFT p50"),
         ({"lateness_s": {"p50": 0.001, "p99": 0.02, "max": 0.1}}, "The host set some of these times"),
         ({"facts": {**make_results().facts, "speedup_ratio": 0}}, "as fast as it could"),
     ],

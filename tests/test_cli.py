@@ -75,6 +75,10 @@ def test_a_wrong_flag_is_one_line(capsys, command, flags, message):
             ["--input-file", __file__, "--custom-dataset-type", "x", "--fixed-schedule", "--concurrency", "4"],
             "--fixed-schedule sends at the trace's own times",
         ),
+        (
+            ["--max-model-len", "100", "--isl", "90", "--osl", "11"],
+            "are 101 tokens; the context length is 100. Lower them, or raise --max-model-len.",
+        ),
         (["--output-dir", "/dev/null/x"], "Name a folder that can be written"),
         (["--output-dir", "/dev"], "--output-dir /dev is not empty; name a new folder"),
     ],
@@ -104,7 +108,7 @@ def test_profiles_check_names_every_problem(capsys, tmp_path):
     assert main(["profiles", "check", SHIPPED, str(folder)]) == 2
     captured = capsys.readouterr()
     assert f"{SHIPPED}: fine" in captured.out
-    assert "2 problems" in captured.out
+    assert "2 wrong" in captured.out
     assert "linear.csv: the file is missing" in captured.err
     assert "head.csv, line 1: found the header" in captured.err
 
@@ -121,6 +125,13 @@ def test_profiles_list_and_show_say_the_same_to_people_and_machines(capsys, tmp_
     assert SHIPPED in shown_in_list
     assert "28,198" in shown
     assert "Apache-2.0" in shown
+
+
+def test_a_json_file_that_cannot_be_written_is_one_line(capsys, tmp_path):
+    path = tmp_path / "nowhere" / "x.json"
+    assert f"{path}: No such file or directory. Name another" in complain(
+        capsys, "profiles", "list", "--json", str(path)
+    )
 
 
 def test_without_a_command_it_says_so(capsys):

@@ -63,12 +63,14 @@ def test_serve_answers_says_all_there_is_to_know_and_leaves_nothing_behind(tmp_p
         # The next one goes to the other worker (round robin), and the same question has the same answer.
         assert ask(facts, max_tokens=7)[1]["choices"] == answer["choices"]
         assert len(wait_for_statuses(tmp_path)) == 2
-        assert set(facts["pids"]) == {"frontend", "worker-0", "worker-1"}
+        assert set(facts["pids"]) == {"serve", "frontend", "worker-0", "worker-1"}
+        assert facts["pids"]["serve"] == command.process.pid
         for line in ("http://127.0.0.1:", facts["profile"], "28,198 KV blocks of 16", "curl -N ", "aiperf profile "):
             assert line in command.output
         command.interrupt()
         assert command.process.wait(8) == 0  # a part that has to be killed takes 10 s
     assert "stopped" in command.output
+    assert not (tmp_path / "ready.json").exists()
     assert not any(map(is_alive, facts["pids"].values()))
     assert not list(tmp_path.glob("mock-engine-*"))
 
