@@ -23,12 +23,10 @@ def plot_latency(path: Path, results: Results) -> None:
     """TTFT and ITL: the share of requests at or below each time, AIPerf's over the model's."""
     speedup_ratio = results.facts["speedup_ratio"] or 1.0
     to_ms = 1e3 / speedup_ratio
-    whole = [row for row in results.requests if row.finish_reason != "cancelled"]
+    whole = [row for row in results.requests if row.is_whole]
     model = {
-        "time_to_first_token": [(row.due_s[0] - row.arrival_s) * to_ms for row in whole],
-        "inter_token_latency": [
-            (row.due_s[-1] - row.due_s[0]) / (len(row.due_s) - 1) * to_ms for row in whole if len(row.due_s) > 1
-        ],
+        "time_to_first_token": [row.ttft_s * to_ms for row in whole],
+        "inter_token_latency": [row.itl_s * to_ms for row in whole if row.itl_s is not None],
     }
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for panel, (name, values), title in zip(

@@ -96,7 +96,7 @@ def read_results(folder: Path, fleet: Fleet, ready_unix_s: float) -> Results:
     requests = [row for row in recorded if row.arrival_unix_s >= ready_unix_s]
     timelines = [read_timeline(fleet.record_folder(worker)) for worker in workers]
     aiperf = json.loads((folder / "aiperf" / AIPERF_EXPORT).read_text(encoding="utf-8"))
-    whole = [row for row in requests if row.finish_reason != "cancelled"]
+    whole = [row for row in requests if row.is_whole]
     speedup_ratio = fleet.settings.engine.speedup_ratio or 1.0
     late = [sent - due for row in requests for due, sent in zip(row.due_s, row.sent_s, strict=True)]
     late_s = np.asarray(late or [0.0]) / speedup_ratio
@@ -137,9 +137,9 @@ def model_metrics(rows: Sequence[RequestRow], speedup_ratio: float) -> dict[str,
     """
     if not rows:
         return {}
-    ttft_s = np.asarray([row.due_s[0] - row.arrival_s for row in rows])
+    ttft_s = np.asarray([row.ttft_s for row in rows])
     latency_s = np.asarray([row.due_s[-1] - row.arrival_s for row in rows])
-    itl_s = np.asarray([(row.due_s[-1] - row.due_s[0]) / (len(row.due_s) - 1) for row in rows if len(row.due_s) > 1])
+    itl_s = np.asarray([row.itl_s for row in rows if row.itl_s is not None])
     osl = np.asarray([len(row.due_s) for row in rows], dtype=np.float64)
     arrival_unix_s = np.asarray([row.arrival_unix_s for row in rows])
     duration_s = float(np.max(arrival_unix_s + latency_s / speedup_ratio) - np.min(arrival_unix_s))
@@ -202,13 +202,13 @@ def _facts(fleet: Fleet, aiperf: dict[str, Any]) -> dict[str, Any]:
         "seed": fleet.settings.engine.seed,
         "started": aiperf.get("start_time"),
         "mock-engine": version("mock-engine"),
-        "commit": _commit(),
+        "commit": find_commit(),
         "ai-dynamo": version("ai-dynamo"),
         "aiperf": version("aiperf"),
     }
 
 
-def _commit() -> str | None:
+def find_commit() -> str | None:
     """The commit that this package runs from, if it runs from a checkout."""
     package = Path(__file__).parent
     if not (package.parent / ".git").exists():

@@ -63,6 +63,21 @@ class RequestRow:
     due_s: list[float]
     sent_s: list[float]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all its tokens went out."""
+        return self.finish_reason != "cancelled"
+
+    @property
+    def ttft_s(self) -> float:
+        """Arrival at the engine to the moment the first token was due."""
+        return self.due_s[0] - self.arrival_s
+
+    @property
+    def itl_s(self) -> float | None:
+        """Mean time between due tokens, as AIPerf counts it; None for a single token."""
+        return (self.due_s[-1] - self.due_s[0]) / (len(self.due_s) - 1) if len(self.due_s) > 1 else None
+
 
 class Recorder:
     """

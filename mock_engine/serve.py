@@ -18,6 +18,7 @@ from rich.text import Text
 
 from mock_engine.fleet import Fleet, FleetSettings
 from mock_engine.live_view import FleetView
+from mock_engine.recorder import TimelineRow
 
 _REFRESH_S = 0.25
 _LINE_EVERY_S = 10.0
@@ -135,5 +136,5 @@ def _watch_in_lines(fleet: Fleet, console: Console) -> None:
         time.sleep(_REFRESH_S)
 
 
-def _states(fleet: Fleet) -> list[Any]:
+def _states(fleet: Fleet) -> list[TimelineRow | None]:
     return [fleet.status(worker) for worker in range(fleet.settings.num_workers)]

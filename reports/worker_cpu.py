@@ -29,7 +29,7 @@ from types import FrameType
 import psutil  # type: ignore[import-untyped]
 
 from mock_engine.bench import stop_aiperf
-from mock_engine.bench_results import AIPERF_EXPORT, AIPERF_RECORDS
+from mock_engine.bench_results import AIPERF_EXPORT, AIPERF_RECORDS, find_commit
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings
 from mock_engine.errors import MockEngineError
 from mock_engine.fleet import PLANES, Fleet, FleetSettings
@@ -147,7 +147,7 @@ def report(command: str, load: Load, results: Mapping[str, Measurement | str]) -
     packages = ", ".join(f"{name} {version(name)}" for name in ("mock-engine", "ai-dynamo", "aiperf"))
     lines = ["# Processor time of a worker", "", f"    {command}", ""]
     lines += [
-        f"Commit {_commit()}; {packages}, Python {platform.python_version()}; {os.cpu_count()} cores.",
+        f"Commit {find_commit() or 'unknown'}; {packages}, Python {platform.python_version()}; {os.cpu_count()} cores.",
         f"Each backend: concurrency {load.concurrency}, ISL {load.isl}, OSL {load.osl}, {load.request_count} requests.",
         "",
     ]
@@ -183,16 +183,6 @@ def _meaning(measured: Mapping[str, Measurement]) -> list[str]:
         ]
         sentences.append(f"Without pacing: {'; '.join(costs)}.")
     return sentences
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(_ROOT)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "mock_engine"], check=False)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + (" with uncommitted changes" if changes.returncode else "")
 
 
 def _reason(error: MockEngineError) -> str:
