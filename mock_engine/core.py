@@ -5,22 +5,30 @@ The engine without a clock.
     core.enqueue(sequence)
     step = core.begin_step()         what runs now, and for how many seconds; None when idle
     ...a drive lets that much time pass...
-    tokens = core.end_step(step, now_s)
+    core.end_step(step, now_s)       what came of it
     core.cancel(sequence)            at any moment, also between the two
 
 A drive owns time and waiting; the core owns everything else. There are two:
-`drive_realtime` (asyncio) and, from the next release on, one in virtual time.
+`drive_realtime` (asyncio) and `drive_virtual` (simpy). The second has no use for single
+steps while the same sequences just go on:
+
+    run = core.plan_run(now_s)       steps that only decode, and when each ends; None if the next is not like that
+    core.end_run(run, num_steps)     so many of them were run, less than all when something came between
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mock_engine.request import Request
-from mock_engine.scheduler import Schedule, Scheduler, SequenceState, Status
-from mock_engine.step import StepLoad
+from mock_engine.scheduler import Progress, Schedule, Scheduler, SequenceState, Status
+from mock_engine.step_times import StepTimes
+
+MAX_RUN_STEPS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,14 @@ class Step:
 
     seconds: float
     schedule: Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Passes in a row that only decode, by the same sequences: one after the other, from `start_s` on."""
+
+    start_s: float
+    ends_s: NDArray[np.float64]  # shape (number of passes,)
 
 
 class Token(NamedTuple):
@@ -41,23 +57,18 @@ class Token(NamedTuple):
 
 
 class Core:
-    """
-    Scheduler and timing in one: the whole engine, driven from outside.
+    """Scheduler and timing in one: the whole engine, driven from outside."""
 
-    `step_s` gives the seconds a load takes (`timing.TimingModel.step_s`, with or
-    without jitter).
-    """
-
-    def __init__(self, scheduler: Scheduler, step_s: Callable[[StepLoad], float]) -> None:
+    def __init__(self, scheduler: Scheduler, times: StepTimes) -> None:
         self.scheduler = scheduler
-        self._step_s = step_s
+        self._times = times
         self._now_s = float("-inf")
         self._current: Step | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether `begin_step` would find something to run."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.num_running or self.scheduler.waiting)
 
     def prepare(self, request: Request) -> SequenceState:
         """A sequence for `request`, not queued yet. Raises `RequestError` if it can never be served."""
@@ -78,17 +89,45 @@ class Core:
         if not self.has_work:
             return None
         schedule = self.scheduler.schedule()
-        assert schedule.sequences, "there is work, so something must run"
-        self._current = Step(self._step_s(schedule.load), schedule)
+        assert schedule.load.num_tokens, "there is work, so something must run"
+        self._current = Step(self._times.step_s(schedule.load), schedule)
         return self._current
 
-    def end_step(self, step: Step, now_s: float) -> list[Token]:
-        """The output tokens of `step`, due at `now_s`, in batch order. Time must not run backwards."""
+    def end_step(self, step: Step, now_s: float) -> Progress:
+        """Count what `step` has computed by `now_s`. Time must not run backwards."""
         assert step is self._current, "only the step under way can end"
         assert now_s >= self._now_s, "time never runs back"
         self._current = None
         self._now_s = now_s
+        return self.scheduler.complete(step.schedule)
+
+    def end_step_with_tokens(self, step: Step, now_s: float) -> list[Token]:
+        """`end_step`, and every output token of the step, due at `now_s`, in batch order."""
+        decoding = list(self.scheduler.decoding)
+        progress = self.end_step(step, now_s)
         return [
             Token(sequence, sequence.num_output_tokens - 1, now_s, sequence.status is Status.FINISHED)
-            for sequence in self.scheduler.complete(step.schedule)
+            for sequence in (*decoding, *progress.prefilled)
         ]
+
+    def plan_run(self, now_s: float) -> Run | None:
+        """
+        The passes from `now_s` on in which nothing can change, the last of which may end sequences.
+
+        Nothing happens yet. None when the next pass is not like that; `begin_step` then.
+        """
+        assert self._current is None, "the last step has not ended"
+        num_steps = min(self.scheduler.num_steady_steps(), MAX_RUN_STEPS)
+        if not num_steps:
+            return None
+        ends_s = np.empty(num_steps + 1)
+        ends_s[0] = now_s
+        ends_s[1:] = self._times.peek_decode_s(self.scheduler.decode_load, num_steps)
+        np.add.accumulate(ends_s, out=ends_s)  # one after the other, as a clock adds them
+        return Run(now_s, ends_s[1:])
+
+    def end_run(self, run: Run, num_steps: int) -> Progress:
+        """The first `num_steps` of `run` are over."""
+        self._times.skip(num_steps)
+        self._now_s = float(run.ends_s[num_steps - 1])
+        return self.scheduler.advance(num_steps)

@@ -233,7 +233,7 @@ class RealTimeDrive:
                 await self._clock.wait_until(end_s / self._speedup_ratio)
             with self._lock:
                 self._model_now_s = end_s
-                tokens = self.core.end_step(step, end_s)
+                tokens = self.core.end_step_with_tokens(step, end_s)
                 # All are due now, and a host takes a while to send them: a delay shows in TTFT as it is, in ITL hardly.
                 for token in sorted(tokens, key=_is_later_token):
                     self._deliver(token)

@@ -18,6 +18,7 @@ from mock_engine.kv_blocks import KvBlocks
 from mock_engine.profile import Profile, load_profile
 from mock_engine.scheduler import Scheduler, SchedulerConfig
 from mock_engine.step import StepLoad
+from mock_engine.step_times import StepTimes
 from mock_engine.timing import StepJitter, TimingModel
 
 DEFAULT_PROFILE = "h100-sxm/llama-3.1-8b/vllm-tp1-bf16"
@@ -100,7 +101,7 @@ def build_engine(settings: EngineSettings, on_unmeasured: Callable[[StepLoad], N
     """
     The engine that `settings` describe. Raises `ProfileError` or `ConfigError`.
 
-    `on_unmeasured` is called for each step whose load lies outside what the profile measured.
+    `on_unmeasured` is called for the first step whose load lies outside what the profile measured.
     """
     profile = load_profile(settings.profile)
     block_size = settings.block_size or profile.block_size
@@ -115,15 +116,9 @@ def build_engine(settings: EngineSettings, on_unmeasured: Callable[[StepLoad], N
         enable_chunked_prefill=settings.enable_chunked_prefill,
     )
     scheduler = Scheduler(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
-    timing = TimingModel(profile)
     jitter = StepJitter(profile.jitter_cv if settings.jitter is None else settings.jitter, settings.seed)
-
-    def step_s(load: StepLoad) -> float:
-        if not timing.is_measured_at(load):
-            on_unmeasured(load)
-        return timing.step_s(load) * jitter.draw()
-
-    return Engine(Core(scheduler, step_s), profile, config, block_size, num_blocks)
+    times = StepTimes(TimingModel(profile), jitter, on_unmeasured)
+    return Engine(Core(scheduler, times), profile, config, block_size, num_blocks)
 
 
 def flag_of(name: str) -> str:

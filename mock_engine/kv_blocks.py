@@ -89,14 +89,24 @@ class KvBlocks:
         missing = num_blocks - len(table.hashes) - table.num_private
         if missing <= 0:
             return True
-        to_evict = missing - self.num_free
+        if not self.take(missing):
+            return False
+        table.num_private += missing
+        return True
+
+    def take(self, num_blocks: int) -> bool:
+        """
+        Take private blocks that the caller enters into tables (`num_private`) before they are released.
+
+        False, and nothing changes, when too few are available.
+        """
+        to_evict = num_blocks - self.num_free
         if to_evict > 0:
             if to_evict > len(self._cached):
                 return False
             self._evict(to_evict)
-        self.num_free -= missing
-        self._num_private += missing
-        table.num_private += missing
+        self.num_free -= num_blocks
+        self._num_private += num_blocks
         return True
 
     def publish(self, table: BlockTable, block_hash: int) -> None:

@@ -68,7 +68,6 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         self._ended: deque[RequestRow] = deque()  # written by `_record`, which alone touches the files
         self._open: dict[Stream, str] = {}  # and its context id; `_close` changes it on any thread
         self._is_stopped = False
-        self._has_warned = False
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> tuple[MockLLMEngine, Any]:
@@ -239,16 +238,14 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         return self._engine
 
     def _warn_unmeasured(self, load: StepLoad) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "%s was not measured at this load (%d prefill tokens, %d decoding, %d context tokens): "
-                "times outside the measured range follow the roofline. Said once.",
-                self.settings.profile,
-                load.num_tokens - load.decode_batch_size,
-                load.decode_batch_size,
-                load.context_tokens,
-            )
+        logger.warning(
+            "%s was not measured at this load (%d prefill tokens, %d decoding, %d context tokens): "
+            "times outside the measured range follow the roofline. Said once.",
+            self.settings.profile,
+            load.num_tokens - load.decode_batch_size,
+            load.decode_batch_size,
+            load.context_tokens,
+        )
 
     async def _next_tokens(self, stream: Stream) -> Any:
         try:
@@ -297,7 +294,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 unix_s=time.time(),
                 time_s=drive.now_s(),
                 num_open_requests=self._num_open(),
-                num_running=len(scheduler.running),
+                num_running=scheduler.num_running,
                 num_waiting=len(scheduler.waiting),
                 kv_used_blocks=scheduler.blocks.num_used,
                 kv_cached_blocks=scheduler.blocks.num_cached,

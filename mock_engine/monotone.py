@@ -79,6 +79,8 @@ class MonotoneCurve:
     def __init__(self, knots: FloatArray, values: FloatArray) -> None:
         self._knots: list[float] = knots.tolist()
         self._values: list[float] = values.tolist()
+        self._knots_array = knots
+        self._values_array = values
 
     def __call__(self, x: float) -> float:
         knots, values = self._knots, self._values
@@ -90,6 +92,18 @@ class MonotoneCurve:
         low = values[i]
         return low + (values[i + 1] - low) * (x - knots[i]) / (knots[i + 1] - knots[i])
 
+    def many(self, x: FloatArray) -> FloatArray:
+        """The same for an array, to the last bit."""
+        knots, values = self._knots_array, self._values_array
+        i = np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2)
+        low, left = values[i], knots[i]
+        seconds = low + (values[i + 1] - low) * (x - left) / (knots[i + 1] - left)
+        if x.max() >= knots[-1]:
+            seconds = np.where(x >= knots[-1], values[-1] * (x / knots[-1]), seconds)
+        if x.min() <= knots[0]:
+            seconds = np.where(x <= knots[0], values[0], seconds)
+        return np.asarray(seconds)
+
 
 class MonotoneSurface:
     """A function of two variables; `values[i, j]` (not negative, in order) is given at `x_knots[i], y_knots[j]`."""
@@ -98,6 +112,9 @@ class MonotoneSurface:
         self._x_knots: list[float] = x_knots.tolist()
         self._y_knots: list[float] = y_knots.tolist()
         self._values: list[list[float]] = values.tolist()
+        self._y_knots_array = y_knots
+        self._values_array = values
+        self._rows: dict[float, MonotoneCurve] = {}
 
     def __call__(self, x: float, y: float) -> float:
         x_knots, y_knots = self._x_knots, self._y_knots
@@ -115,3 +132,18 @@ class MonotoneSurface:
         at_low = low[j] + (low[j + 1] - low[j]) * v
         at_high = high[j] + (high[j + 1] - high[j]) * v
         return beyond * (at_low + (at_high - at_low) * (x - x_knots[i]) / (x_knots[i + 1] - x_knots[i]))
+
+    def at(self, x: float) -> MonotoneCurve:
+        """The function of `y` alone that this is at one `x`; kept, for many looks at few places."""
+        if x not in self._rows:
+            self._rows[x] = self._row(x)
+        return self._rows[x]
+
+    def _row(self, x: float) -> MonotoneCurve:
+        x_knots = self._x_knots
+        beyond = max(1.0, x / x_knots[-1])
+        x = min(max(x, x_knots[0]), x_knots[-1])
+        i = min(bisect_right(x_knots, x), len(x_knots) - 1) - 1
+        low, high = self._values_array[i], self._values_array[i + 1]
+        share = (x - x_knots[i]) / (x_knots[i + 1] - x_knots[i])
+        return MonotoneCurve(self._y_knots_array, beyond * (low + (high - low) * share))

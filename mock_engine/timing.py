@@ -3,9 +3,12 @@ How long a pass takes.
 
     timing = TimingModel(profile)
     timing.step_s(load)              seconds, always the same for the same load
+    timing.decode_run_s(b, c, n)     the same for n decode passes in a row, as an array
     timing.is_measured_at(load)      or did the roofline carry it beyond the measured points?
     jitter = StepJitter(cv, seed)
     timing.step_s(load) * jitter.draw()
+
+How one engine's passes follow each other, with jitter: `step_times`.
 
 When a profile is loaded, each measured table becomes a dense grid: data-sheet
 roofline times what the measurements add to it (the logarithm of measured / roofline,
@@ -58,6 +61,14 @@ class TimingModel:
         """
         return self._parts.step_s(load)
 
+    def decode_run_s(self, batch_size: int, context_tokens: int, num_steps: int) -> FloatArray:
+        """
+        Seconds for each of `num_steps` decode passes in a row, shape (num_steps,): what `step_s` gives one by one, to
+        the last bit. `context_tokens` is that of the first; each pass adds a token to each of `batch_size` sequences.
+        """
+        each = (context_tokens + batch_size * np.arange(num_steps)) / batch_size
+        return self._parts.decode_s(batch_size, each)
+
     def is_measured_at(self, load: StepLoad) -> bool:
         """Whether each part of the pass lies within what was measured."""
         return self._parts.is_measured_at(load)
@@ -75,15 +86,31 @@ class StepJitter:
     def __init__(self, cv: float, seed: int | np.random.Generator) -> None:
         self._sigma = math.sqrt(math.log1p(cv * cv))
         self._rng = np.random.default_rng(seed)
-        self._drawn: list[float] = []
+        self._drawn = np.empty(0)
+        self._next = 0  # the first of `_drawn` that is not used up
 
     def draw(self) -> float:
         """The next factor."""
         if self._sigma == 0.0:
             return 1.0
-        if not self._drawn:
-            self._drawn = self._rng.lognormal(-(self._sigma**2) / 2, self._sigma, self._BLOCK).tolist()
-        return self._drawn.pop()
+        factor = float(self.peek(1)[0])
+        self._next += 1
+        return factor
+
+    def peek(self, num_factors: int) -> FloatArray:
+        """The next factors, shape (num_factors,); they stay the next ones."""
+        if self._sigma == 0.0:
+            return np.ones(num_factors)
+        while len(self._drawn) - self._next < num_factors:
+            fresh = self._rng.lognormal(-(self._sigma**2) / 2, self._sigma, self._BLOCK)
+            self._drawn = np.concatenate([self._drawn[self._next :], fresh])
+            self._next = 0
+        return self._drawn[self._next : self._next + num_factors]
+
+    def skip(self, num_factors: int) -> None:
+        """Use up factors that `peek` has shown."""
+        if self._sigma != 0.0:
+            self._next += num_factors
 
 
 class _KernelTables:
@@ -104,8 +131,23 @@ class _KernelTables:
 
     def step_s(self, load: StepLoad) -> float:
         chunks, batch_size = load.prefill_chunks, load.decode_batch_size
-        sequences = len(chunks) + batch_size
-        tokens = load.num_tokens
+        seconds = self._without_attention_s(load.num_tokens, len(chunks) + batch_size)
+        if batch_size:
+            seconds += self._decode_attention.at(batch_size)(load.context_tokens / batch_size)
+        if chunks:
+            # One kernel launch serves all chunks: the shortest possible launch counts once, not for each.
+            seconds -= self._prefill_attention_floor_s * (len(chunks) - 1)
+            for new_tokens, past_tokens in chunks:
+                seconds += self._prefill_attention(new_tokens, past_tokens)
+        return seconds
+
+    def decode_s(self, batch_size: int, context_tokens: FloatArray) -> FloatArray:
+        """Passes that only decode; `context_tokens` is of each sequence."""
+        return self._without_attention_s(batch_size, batch_size) + self._decode_attention.at(batch_size).many(
+            context_tokens
+        )
+
+    def _without_attention_s(self, tokens: int, sequences: int) -> float:
         seconds = (
             self._profile.overhead_step_s
             + self._profile.overhead_per_seq_s * sequences
@@ -114,13 +156,6 @@ class _KernelTables:
         )
         if self._communication is not None:
             seconds += self._communication(tokens)
-        if batch_size:
-            seconds += self._decode_attention(batch_size, load.context_tokens / batch_size)
-        if chunks:
-            # One kernel launch serves all chunks: the shortest possible launch counts once, not for each.
-            seconds -= self._prefill_attention_floor_s * (len(chunks) - 1)
-            for new_tokens, past_tokens in chunks:
-                seconds += self._prefill_attention(new_tokens, past_tokens)
         return seconds
 
     def is_measured_at(self, load: StepLoad) -> bool:
@@ -168,7 +203,7 @@ class _StepTables:
     def step_s(self, load: StepLoad) -> float:
         chunks, batch_size = load.prefill_chunks, load.decode_batch_size
         context_tokens = load.context_tokens / batch_size if batch_size else 0.0  # of each
-        decode_s = self._decode(batch_size, context_tokens) if batch_size else 0.0
+        decode_s = self._decode.at(batch_size)(context_tokens) if batch_size else 0.0
         if not chunks:
             return decode_s
         attention_s = 0.0
@@ -178,8 +213,12 @@ class _StepTables:
         prefill_s = self._linear(tokens - batch_size) + attention_s
         if not batch_size:
             return prefill_s
-        together_s = self._linear(tokens) + attention_s + self._decode_attention(batch_size, context_tokens)
+        together_s = self._linear(tokens) + attention_s + self._decode_attention.at(batch_size)(context_tokens)
         return min(prefill_s + decode_s, max(prefill_s, decode_s, together_s))
+
+    def decode_s(self, batch_size: int, context_tokens: FloatArray) -> FloatArray:
+        """Passes that only decode; `context_tokens` is of each sequence."""
+        return self._decode.at(batch_size).many(context_tokens)
 
     def is_measured_at(self, load: StepLoad) -> bool:
         batch_size = load.decode_batch_size

@@ -53,8 +53,9 @@ def test_no_step_exceeds_the_limits_and_every_step_does_something(workload, opti
     def check(_: int) -> None:
         schedule = core._current.schedule
         assert 1 <= schedule.load.num_tokens <= options["max_num_batched_tokens"]
-        assert len(schedule.sequences) <= len(core.scheduler.running) <= options["max_num_seqs"]
-        assert len(schedule.sequences) == len(schedule.load.prefill_chunks) + schedule.load.decode_batch_size
+        num_sequences = len(schedule.prefills) + len(core.scheduler.decoding)
+        assert num_sequences <= core.scheduler.num_running <= options["max_num_seqs"]
+        assert num_sequences == len(schedule.load.prefill_chunks) + schedule.load.decode_batch_size
 
     run(core, workload, on_step=check)
 
@@ -141,7 +142,7 @@ def test_the_newest_running_sequence_is_preempted_and_finishes_later():
     now_s = 0.0
     while (step := core.begin_step()) is not None:
         now_s += 1
-        finished += [token.sequence for token in core.end_step(step, now_s) if token.is_last]
+        finished += [token.sequence for token in core.end_step_with_tokens(step, now_s) if token.is_last]
     assert finished == [old, new]
     assert (old.num_preemptions, new.num_preemptions) == (0, 1)
 

@@ -22,7 +22,7 @@ def make_drive(core: Core | None = None, speedup_ratio: float = 1.0) -> RealTime
     """A drive whose every step takes 6 ms, unless `core` says otherwise."""
     if core is None:
         core = make_core()
-        core._step_s = lambda _: STEP_S
+        core._times.step_s = lambda _: STEP_S
     return RealTimeDrive(core, LoopClock(), speedup_ratio)
 
 
@@ -172,7 +172,7 @@ def test_a_cancel_that_finds_the_core_busy_is_carried_out_by_whoever_is_busy():
     async def main():
         drive = make_drive()
         stream = drive.submit([Request("victim", 4, 40)])
-        step_s = drive.core._step_s
+        step_s = drive.core._times.step_s
 
         def cancel_from_inside(load):
             drive.cancel(stream)
@@ -181,7 +181,7 @@ def test_a_cancel_that_finds_the_core_busy_is_carried_out_by_whoever_is_busy():
             thread.join()
             return step_s(load)
 
-        drive.core._step_s = cancel_from_inside
+        drive.core._times.step_s = cancel_from_inside
         drive.start()
         assert await stream.next_tokens() == []
         assert drive.core.scheduler.blocks.num_used == 0
@@ -193,7 +193,7 @@ def test_a_cancel_that_finds_the_core_busy_is_carried_out_by_whoever_is_busy():
 def test_a_client_that_is_gone_is_noticed_within_20_ms_without_an_abort():
     async def main():
         drive = make_drive()
-        drive.core._step_s = lambda _: 10.0
+        drive.core._times.step_s = lambda _: 10.0
         drive.start()
         gone = []
         stream = drive.submit([Request("r", 4, 4)], is_stopped=lambda: bool(gone))
@@ -265,7 +265,7 @@ def test_stop_ends_open_streams_and_a_second_stop_does_nothing():
 def test_a_failure_of_the_engine_reaches_every_consumer(caplog):
     async def main():
         drive = make_drive()
-        drive.core._step_s = lambda _: 1 / 0
+        drive.core._times.step_s = lambda _: 1 / 0
         drive.start()
         stream = drive.submit([Request("r", 4, 4)])
         with pytest.raises(RuntimeError, match="internal error"):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors request",
     "step kv_blocks latency_table monotone roofline profile lateness tokenizer_words output_tokens",
-    "scheduler timing prompt",
+    "scheduler timing step_times prompt",
     "core",
     "realtime_clock recorder drive_realtime engine_settings",
     "flags dynamo_release llm_engine",

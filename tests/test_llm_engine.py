@@ -73,7 +73,7 @@ def check_nothing_left(engine):
     scheduler = engine._drive.core.scheduler
     check_blocks(engine._drive.core)
     assert scheduler.blocks.num_used == 0
-    assert not scheduler.running
+    assert not scheduler.num_running
     assert not scheduler.waiting
     assert not engine._drive.streams
     assert not engine._drive._arrivals
@@ -83,7 +83,7 @@ def check_nothing_left(engine):
 def num_working(engine):
     """Sequences the engine still computes or means to."""
     scheduler = engine._drive.core.scheduler
-    return len(scheduler.running) + len(scheduler.waiting) + len(engine._drive._arrivals)
+    return scheduler.num_running + len(scheduler.waiting) + len(engine._drive._arrivals)
 
 
 def check_shape(chunks, isl_tokens):
@@ -719,7 +719,7 @@ def test_a_bug_in_the_engine_reaches_readers_as_engine_shutdown_and_cleanup_stil
         async with serving() as engine:
             stream = BridgeStream(engine, LONG, BridgeContext("r"))
             await stream.read()
-            engine._drive.core.end_step = lambda *_: 1 / 0  # the read that waits for this step must hear of it
+            engine._drive.core.end_step_with_tokens = lambda *_: 1 / 0  # the read that waits for this step must hear of it
             with pytest.raises(EngineShutdown, match="internal error"):
                 await stream.read_all()
             with pytest.raises(EngineShutdown, match="internal error"):

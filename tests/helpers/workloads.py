@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from hypothesis import strategies as st
 
 from mock_engine.core import Core, Token
@@ -12,6 +13,8 @@ from mock_engine.kv_blocks import KvBlocks
 from mock_engine.request import Request
 from mock_engine.scheduler import Scheduler, SchedulerConfig, SequenceState, Status
 from mock_engine.step import StepLoad
+from mock_engine.step_times import StepTimes
+from mock_engine.timing import StepJitter
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 48
@@ -31,6 +34,19 @@ def step_s(load: StepLoad) -> float:
     """A made-up but sane step time: grows with everything."""
     prefill = sum(1e-4 * chunk.new_tokens + 1e-6 * chunk.past_tokens for chunk in load.prefill_chunks)
     return 5e-3 + prefill + 1e-5 * load.decode_batch_size + 1e-7 * load.context_tokens
+
+
+class MadeUpTiming:
+    """`step_s` in place of a profile."""
+
+    def step_s(self, load: StepLoad) -> float:
+        return step_s(load)
+
+    def decode_run_s(self, batch_size: int, context_tokens: int, num_steps: int) -> np.ndarray:
+        return np.array([step_s(StepLoad((), batch_size, context_tokens + batch_size * i)) for i in range(num_steps)])
+
+    def is_measured_at(self, _: StepLoad) -> bool:
+        return True
 
 
 @st.composite
@@ -63,10 +79,12 @@ def make_core(
     max_num_batched_tokens: int = 16,
     enable_prefix_caching: bool = True,
     enable_chunked_prefill: bool = True,
+    jitter: float = 0.0,
 ) -> Core:
     """A small core; `num_blocks` must hold one sequence of MAX_MODEL_LEN."""
     config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, MAX_MODEL_LEN, enable_chunked_prefill)
-    return Core(Scheduler(config, KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching)), step_s)
+    times = StepTimes(MadeUpTiming(), StepJitter(jitter, seed=1))
+    return Core(Scheduler(config, KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching)), times)
 
 
 def check_blocks(core: Core) -> None:
@@ -76,8 +94,10 @@ def check_blocks(core: Core) -> None:
     assert min(blocks.num_used, blocks.num_cached, blocks.num_free) >= 0
     held = set()
     num_private = 0
-    for sequence in core.scheduler.running:
+    for sequence in (*core.scheduler.decoding, *core.scheduler.prefilling):
         held.update(sequence.table.hashes)
+        if sequence in core.scheduler.decoding:
+            core.scheduler._settle_table(sequence)
         num_private += sequence.table.num_private
     assert blocks.num_used == len(held) + num_private
     for sequence in core.scheduler.waiting:
@@ -110,7 +130,7 @@ def run(
             now_s += step.seconds
             _cancel(core, workload, states, number, in_step=True)
             check_blocks(core)
-            for token in core.end_step(step, now_s):
+            for token in core.end_step_with_tokens(step, now_s):
                 assert token.sequence.status is not Status.CANCELLED
                 tokens[token.sequence.request.request_id].append(token)
             check_blocks(core)
