@@ -204,9 +204,14 @@ class Scheduler:
         sequence.status = Status.CANCELLED
 
     @property
+    def has_room(self) -> bool:
+        """Whether the next step would try to take one more sequence into the batch, were it waiting."""
+        return not self._is_head_blocked and self.num_running < self.config.max_num_seqs
+
+    @property
     def is_admitting(self) -> bool:
-        """Whether the next step may take a waiting sequence into the batch."""
-        return bool(self.waiting) and not self._is_head_blocked and self.num_running < self.config.max_num_seqs
+        """Whether the next step tries to take a waiting sequence into the batch."""
+        return bool(self.waiting) and self.has_room
 
     def schedule(self) -> Schedule:
         """Choose who runs now, take the blocks that this needs, and say what load it makes."""

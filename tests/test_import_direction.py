@@ -14,7 +14,7 @@ ROWS = (
     "step kv_blocks latency_table monotone roofline profile lateness tokenizer_words output_tokens",
     "scheduler timing step_times prompt",
     "core",
-    "realtime_clock recorder drive_realtime engine_settings",
+    "realtime_clock recorder drive_realtime drive_virtual engine_settings",
     "flags dynamo_release llm_engine",
 )  # every other module is in one more row, the last
 ROW_OF = {module: number for number, row in enumerate(ROWS, start=1) for module in row.split()}

@@ -47,6 +47,18 @@ def never_less(longer_s: float, shorter_s: float) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@given(batch_size=batch_sizes, each=log_tokens, odd=st.integers(0, 3), num_steps=st.integers(1, 60))
+@settings(max_examples=100, deadline=None)
+def test_decode_steps_computed_at_once_take_what_they_take_one_by_one(name, batch_size, each, odd, num_steps):
+    """To the last bit: a simulator may take either way. Within, at the edge of and far outside the measured range."""
+    model, context_tokens = model_of(name), batch_size * each + odd
+    one_by_one = [
+        model.step_s(StepLoad((), batch_size, context_tokens + batch_size * step)) for step in range(num_steps)
+    ]
+    assert model.decode_run_s(batch_size, context_tokens, num_steps).tolist() == one_by_one
+
+
+@pytest.mark.parametrize("name", NAMES)
 @given(
     chunks=chunk_lists,
     batch_size=st.one_of(st.just(0), batch_sizes),
@@ -285,6 +297,18 @@ def test_jitter_keeps_the_mean_and_has_the_spread_asked_for(cv):
     assert factors.mean() == pytest.approx(1.0, abs=4 * cv / 200)
     assert factors.std() == pytest.approx(cv, rel=0.02)
     assert factors.min() > 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 1500), st.integers(0, 1500), st.booleans()), max_size=8))
+def test_factors_of_jitter_that_were_only_looked_at_stay_the_next_ones(moves):
+    jitter, plain = StepJitter(0.03, 1), StepJitter(0.03, 1)
+    for num_shown, num_used, is_drawn in moves:
+        shown = jitter.peek(num_shown).tolist()
+        num_used = min(num_used, num_shown)
+        jitter.skip(num_used)
+        assert shown[:num_used] == [plain.draw() for _ in range(num_used)]
+        if is_drawn:
+            assert jitter.draw() == plain.draw()
 
 
 def test_jitter_repeats_with_its_seed_and_is_off_at_zero():

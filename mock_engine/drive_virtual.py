@@ -1,0 +1,235 @@
+"""
+The engine in virtual time, on simpy.
+
+    clock = VirtualClock()
+    drive = VirtualDrive(clock, core, listener)
+    clock.call_at(0.5, lambda: drive.submit(request))
+    clock.run()
+
+Time jumps from one event to the next, and while the running batch cannot change, all
+its decode steps up to the next sequence's end are one event. What comes between them (an
+arrival that might be admitted, a cancel) cuts the run at the step that is then under way.
+Times are those of single steps, to the last bit; `is_single_stepping` makes them so, for tests.
+
+At one moment, the order is: what the outside does, steps that end, steps that begin. So
+whatever arrives at the moment when a step begins is in time for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heappush
+from typing import Protocol
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from mock_engine.core import Core, Run, Step
+from mock_engine.request import Request
+from mock_engine.scheduler import Progress, ScheduledPrefill, SequenceState, Status
+
+OUTSIDE, STEP_ENDS, STEP_BEGINS = 1, 2, 3  # 1 is what simpy gives its own timeouts and processes
+
+
+class VirtualClock(simpy.Environment):
+    """simpy's environment, and calls at absolute times: `now + delay` would round."""
+
+    def call_at(self, time_s: float, function: Callable[[simpy.Event], None], priority: int = OUTSIDE) -> simpy.Event:
+        """Let `function` be called with the returned event when it is `time_s`."""
+        assert time_s >= self._now, "time never runs back"
+        event = simpy.Event(self)
+        event._ok = True
+        event._value = None
+        event.callbacks = [function]
+        heappush(self._queue, (time_s, priority, next(self._eid), event))
+        return event
+
+
+class Flight:
+    """One request in an engine: when what happened to it. Times are None until then."""
+
+    __slots__ = ("arrival_s", "first_token_s", "last_token_s", "second_token_s", "sequence")
+
+    def __init__(self, sequence: SequenceState, arrival_s: float) -> None:
+        self.sequence = sequence
+        self.arrival_s = arrival_s
+        self.first_token_s: float | None = None
+        self.second_token_s: float | None = None
+        self.last_token_s: float | None = None  # kept where it is of use: at the end, and when preempted
+
+
+class Listener(Protocol):
+    """Who wants to know what happens in a drive. `flight.sequence.request` says whom it is about."""
+
+    def finished(self, flight: Flight) -> None:
+        """All its tokens are out; its blocks are back."""
+
+    def steps_done(self, start_s: float, ends_s: NDArray[np.float64], num_decoding: int) -> None:
+        """Steps in a row ended at `ends_s`; in each, `num_decoding` sequences got a token after one at its start."""
+
+    def gap_done(self, gap_s: float) -> None:
+        """A sequence got its next token after a preemption."""
+
+
+class Observer(Protocol):
+    """Who draws a picture of a drive."""
+
+    def prefilled(self, flight: Flight, start_s: float, end_s: float, num_new: int) -> None:
+        """A chunk of `num_new` tokens was computed."""
+
+    def preempted(self, flight: Flight, now_s: float) -> None:
+        """It waits again."""
+
+    def left(self, flight: Flight, now_s: float) -> None:
+        """It is finished or cancelled."""
+
+
+class VirtualDrive:
+    """Paces a core by a virtual clock."""
+
+    def __init__(
+        self,
+        clock: VirtualClock,
+        core: Core,
+        listener: Listener,
+        observer: Observer | None = None,
+        is_single_stepping: bool = False,
+    ) -> None:
+        self.core = core
+        self.flights: dict[SequenceState, Flight] = {}
+        self._clock = clock
+        self._listener = listener
+        self._observer = observer
+        self._is_single_stepping = is_single_stepping
+        self._run: Run | None = None
+        self._step: Step | None = None
+        self._start_s = 0.0  # of the step or run under way
+        self._next: simpy.Event | None = None  # the end of the step or run, or the begin of one; None when idle
+        self._expecting_second: list[Flight] = []  # their first token came out at the last step's end
+
+    def submit(self, request: Request) -> Flight:
+        """Queue a request that arrives now. Raises `RequestError` if it can never be served."""
+        sequence = self.core.prepare(request)
+        if self._run is not None and self.core.scheduler.has_room:
+            self._cut_run()
+        self.core.enqueue(sequence)
+        flight = Flight(sequence, self._clock.now)
+        self.flights[sequence] = flight
+        if self._next is None:
+            self._begin_soon()
+        return flight
+
+    def cancel(self, flight: Flight) -> None:
+        """Forget a request; its KV blocks are back when this returns. A no-op once it has ended."""
+        if self.flights.pop(flight.sequence, None) is None:
+            return
+        if self._run is not None:
+            self._cut_run()
+        self.core.cancel(flight.sequence)
+        if self._observer is not None:
+            self._observer.left(flight, self._clock.now)
+
+    def _begin_soon(self) -> None:
+        self._next = self._clock.call_at(self._clock.now, self._begin, STEP_BEGINS)
+
+    def _begin(self, _: simpy.Event) -> None:
+        now_s = self._start_s = self._clock.now
+        if not self._is_single_stepping:
+            self._run = self.core.plan_run(now_s)
+            if self._run is not None:
+                self._next = self._clock.call_at(float(self._run.ends_s[-1]), self._end_run, STEP_ENDS)
+                return
+        self._begin_step(now_s)
+
+    def _begin_step(self, start_s: float) -> None:
+        num_preemptions = self.core.scheduler.num_preemptions
+        self._start_s = start_s
+        self._step = self.core.begin_step()
+        if self._step is None:
+            self._next = None
+            return
+        for index in range(self.core.scheduler.num_preemptions - num_preemptions):
+            self._note_preemption(self.core.scheduler.waiting[index])
+        self._next = self._clock.call_at(start_s + self._step.seconds, self._end_step, STEP_ENDS)
+
+    def _note_preemption(self, sequence: SequenceState) -> None:
+        flight = self.flights[sequence]
+        if sequence.num_output_tokens:
+            flight.last_token_s = self._start_s
+        if self._observer is not None:
+            self._observer.preempted(flight, self._start_s)
+
+    def _end_step(self, event: simpy.Event) -> None:
+        if event is not self._next:
+            return
+        assert self._step is not None
+        step, self._step = self._step, None
+        now_s = self._clock.now
+        num_decoding = len(self.core.scheduler.decoding)
+        progress = self.core.end_step(step, now_s)
+        if num_decoding:
+            self._note_steps(np.array([now_s]), num_decoding)
+        if self._observer is not None:
+            self._show_chunks(step.schedule.prefills, now_s)
+        for sequence in progress.prefilled:
+            self._note_prefilled(self.flights[sequence], now_s)
+        self._finish(progress, now_s)
+        self._begin_soon()
+
+    def _note_steps(self, ends_s: NDArray[np.float64], num_decoding: int) -> None:
+        self._listener.steps_done(self._start_s, ends_s, num_decoding)
+        if self._expecting_second:
+            for flight in self._expecting_second:
+                if flight.sequence.num_output_tokens > 1:  # not preempted, not cancelled
+                    flight.second_token_s = float(ends_s[0])
+            self._expecting_second.clear()
+
+    def _note_prefilled(self, flight: Flight, now_s: float) -> None:
+        if flight.first_token_s is None:
+            flight.first_token_s = now_s
+            self._expecting_second.append(flight)
+            return
+        if flight.second_token_s is None:
+            flight.second_token_s = now_s
+        assert flight.last_token_s is not None, "it was preempted"
+        self._listener.gap_done(now_s - flight.last_token_s)
+
+    def _show_chunks(self, prefills: list[ScheduledPrefill], now_s: float) -> None:
+        assert self._observer is not None
+        for sequence, num_new in prefills:
+            if sequence.status is not Status.CANCELLED:
+                self._observer.prefilled(self.flights[sequence], self._start_s, now_s, num_new)
+
+    def _finish(self, progress: Progress, now_s: float) -> None:
+        for sequence in progress.finished:
+            flight = self.flights.pop(sequence)
+            flight.last_token_s = now_s
+            if self._observer is not None:
+                self._observer.left(flight, now_s)
+            self._listener.finished(flight)
+
+    def _end_run(self, event: simpy.Event) -> None:
+        if event is not self._next:
+            return
+        assert self._run is not None
+        run, self._run = self._run, None
+        self._finish(self._count_run(run, len(run.ends_s)), self._clock.now)
+        self._begin_soon()
+
+    def _count_run(self, run: Run, num_steps: int) -> Progress:
+        num_decoding = len(self.core.scheduler.decoding)
+        progress = self.core.end_run(run, num_steps)
+        self._note_steps(run.ends_s[:num_steps], num_decoding)
+        return progress
+
+    def _cut_run(self) -> None:
+        """Leave it at the step that is under way now: those before are over, and it is an ordinary step."""
+        assert self._run is not None
+        run, self._run = self._run, None
+        num_over = int(np.searchsorted(run.ends_s, self._clock.now))
+        start_s = self._start_s
+        if num_over:
+            self._count_run(run, num_over)
+            start_s = float(run.ends_s[num_over - 1])
+        self._begin_step(start_s)

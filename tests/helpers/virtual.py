@@ -1,0 +1,113 @@
+"""A drive in virtual time whose every token is written down, and random workloads for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from mock_engine.core import Core
+from mock_engine.drive_virtual import VirtualClock, VirtualDrive
+from mock_engine.request import Request
+from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, make_core
+
+
+class TokenCore(Core):
+    """Notes when each token of each request came out."""
+
+    def note(self, sequences, now_s):
+        for sequence in sequences:
+            self.token_s.setdefault(sequence.request.request_id, []).append(float(now_s))
+
+    def end_step(self, step, now_s):
+        self.note(self.scheduler.decoding, now_s)
+        progress = super().end_step(step, now_s)
+        self.note(progress.prefilled, now_s)
+        return progress
+
+    def end_run(self, run, num_steps):
+        for now_s in run.ends_s[:num_steps]:
+            self.note(self.scheduler.decoding, now_s)
+        self.num_run_steps += num_steps
+        return super().end_run(run, num_steps)
+
+
+class Notes:
+    """A listener that keeps everything."""
+
+    def __init__(self):
+        self.flights = []
+        self.gaps = []
+
+    def finished(self, flight):
+        self.flights.append(
+            (
+                flight.sequence.request.request_id,
+                flight.arrival_s,
+                flight.first_token_s,
+                flight.second_token_s,
+                flight.last_token_s,
+                flight.sequence.num_cached_tokens,
+                flight.sequence.num_preemptions,
+            )
+        )
+
+    def steps_done(self, start_s, ends_s, num_decoding):
+        for end_s in ends_s:
+            self.gaps += [float(end_s) - start_s] * num_decoding
+            start_s = float(end_s)
+
+    def gap_done(self, gap_s):
+        self.gaps.append(gap_s)
+
+
+@dataclass(frozen=True)
+class TimedRequest:
+    request: Request
+    arrival_s: float
+    cancel_s: float | None
+
+
+@st.composite
+def timed_requests(draw: st.DrawFn, max_requests: int = 14) -> list[TimedRequest]:
+    """Requests with shared prefixes, some cancelled; steps take about 5 ms, so 0.3 s is what one request takes."""
+    result = []
+    for number in range(draw(st.integers(1, max_requests))):
+        isl = draw(st.integers(1, MAX_MODEL_LEN - 1))
+        osl = draw(st.integers(1, MAX_MODEL_LEN - isl))
+        family = draw(st.integers(0, 2))
+        shared = draw(st.integers(0, isl // BLOCK_SIZE))
+        num_hashes = draw(st.sampled_from([0, isl // BLOCK_SIZE, (isl + osl) // BLOCK_SIZE]))
+        hashes = [family * 100 + i if i < shared else 1000 * (number + 1) + i for i in range(num_hashes)]
+        arrival_s = draw(st.sampled_from([0.0, 0.0, 0.005]) | st.floats(0, 0.4))
+        cancel_s = draw(st.none() | st.none() | st.floats(0, 0.4))
+        result.append(
+            TimedRequest(
+                Request(f"r{number}", isl, osl, hashes), arrival_s, None if cancel_s is None else arrival_s + cancel_s
+            )
+        )
+    return result
+
+
+def drive(workload, is_single_stepping, jitter, **options):
+    """Run it; returns the tokens' times by request, what the listener heard, and the core."""
+    plain = make_core(jitter=jitter, **options)
+    core = TokenCore(plain.scheduler, plain._times)
+    core.token_s = {}
+    core.num_run_steps = 0
+    clock, notes = VirtualClock(), Notes()
+    virtual = VirtualDrive(clock, core, notes, is_single_stepping=is_single_stepping)
+
+    def submit(timed):
+        def at_arrival(_):
+            flight = virtual.submit(timed.request)
+            if timed.cancel_s is not None:
+                clock.call_at(timed.cancel_s, lambda _: virtual.cancel(flight))
+
+        return at_arrival
+
+    for timed in workload:
+        clock.call_at(timed.arrival_s, submit(timed))
+    clock.run()
+    assert not virtual.flights
+    return core, notes
