@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.virtual import drive, timed_requests
-from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN
+from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, step_s, ticking_step_s
 
 options = st.fixed_dictionaries(
     {
@@ -14,6 +14,7 @@ options = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 8),
         "max_num_batched_tokens": st.integers(8, 64),
         "enable_prefix_caching": st.booleans(),
+        "timing": st.sampled_from([step_s, ticking_step_s]),
     }
 )
 

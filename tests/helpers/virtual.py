@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mock_engine.core import Core
 from mock_engine.drive_virtual import VirtualClock, VirtualDrive
 from mock_engine.request import Request
-from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, make_core
+from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, TICK_S, make_core
 
 
 class TokenCore(Core):
@@ -79,8 +79,9 @@ def timed_requests(draw: st.DrawFn, max_requests: int = 14) -> list[TimedRequest
         shared = draw(st.integers(0, isl // BLOCK_SIZE))
         num_hashes = draw(st.sampled_from([0, isl // BLOCK_SIZE, (isl + osl) // BLOCK_SIZE]))
         hashes = [family * 100 + i if i < shared else 1000 * (number + 1) + i for i in range(num_hashes)]
-        arrival_s = draw(st.sampled_from([0.0, 0.0, 0.005]) | st.floats(0, 0.4))
-        cancel_s = draw(st.none() | st.none() | st.floats(0, 0.4))
+        moments = st.just(0.0) | st.integers(0, 100).map(lambda ticks: ticks * TICK_S) | st.floats(0, 0.4)
+        arrival_s = draw(moments)
+        cancel_s = draw(st.none() | st.none() | moments)
         result.append(
             TimedRequest(
                 Request(f"r{number}", isl, osl, hashes), arrival_s, None if cancel_s is None else arrival_s + cancel_s

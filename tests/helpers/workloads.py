@@ -36,14 +36,23 @@ def step_s(load: StepLoad) -> float:
     return 5e-3 + prefill + 1e-5 * load.decode_batch_size + 1e-7 * load.context_tokens
 
 
-class MadeUpTiming:
-    """`step_s` in place of a profile."""
+TICK_S = 2.0**-8
 
-    def step_s(self, load: StepLoad) -> float:
-        return step_s(load)
+
+def ticking_step_s(load: StepLoad) -> float:
+    """Step times on a grid, so that much happens at exactly the same moment."""
+    return TICK_S * (1 + len(load.prefill_chunks))
+
+
+class MadeUpTiming:
+    """A function in place of a profile."""
+
+    def __init__(self, function: Callable[[StepLoad], float] = step_s) -> None:
+        self.step_s = function
 
     def decode_run_s(self, batch_size: int, context_tokens: int, num_steps: int) -> np.ndarray:
-        return np.array([step_s(StepLoad((), batch_size, context_tokens + batch_size * i)) for i in range(num_steps)])
+        loads = [StepLoad((), batch_size, context_tokens + batch_size * i) for i in range(num_steps)]
+        return np.array([self.step_s(load) for load in loads])
 
     def is_measured_at(self, _: StepLoad) -> bool:
         return True
@@ -80,10 +89,11 @@ def make_core(
     enable_prefix_caching: bool = True,
     enable_chunked_prefill: bool = True,
     jitter: float = 0.0,
+    timing: Callable[[StepLoad], float] = step_s,
 ) -> Core:
     """A small core; `num_blocks` must hold one sequence of MAX_MODEL_LEN."""
     config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, MAX_MODEL_LEN, enable_chunked_prefill)
-    times = StepTimes(MadeUpTiming(), StepJitter(jitter, seed=1))
+    times = StepTimes(MadeUpTiming(timing), StepJitter(jitter, seed=1))
     return Core(Scheduler(config, KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching)), times)
 
 
