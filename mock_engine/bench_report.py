@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mock_engine.aiperf_schema import Metric
 from mock_engine.bench_plots import plot_latency, plot_timeline
-from mock_engine.bench_results import Metric, Results
+from mock_engine.bench_results import Results
 
 _LATENCIES = {
     "time_to_first_token": "TTFT",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -20,15 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from mock_engine.aiperf_schema import FinishedRequests, FloatArray, Metric, RunTotals, request_metrics, run_metrics
 from mock_engine.fleet import Fleet
 from mock_engine.recorder import RequestRow, TimelineRow, read_requests, read_timeline
 
 AIPERF_EXPORT = "profile_export_aiperf.json"
 AIPERF_RECORDS = "profile_export.jsonl"
-_PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 _LATE_P99_S = 0.005  # above this, the host rather than the model set the times
-
-Metric = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,40 +135,28 @@ def model_metrics(rows: Sequence[RequestRow], speedup_ratio: float) -> dict[str,
     """
     if not rows:
         return {}
-    ttft_s = np.asarray([row.ttft_s for row in rows])
-    latency_s = np.asarray([row.due_s[-1] - row.arrival_s for row in rows])
-    itl_s = np.asarray([row.itl_s for row in rows if row.itl_s is not None])
-    osl = np.asarray([len(row.due_s) for row in rows], dtype=np.float64)
-    arrival_unix_s = np.asarray([row.arrival_unix_s for row in rows])
-    duration_s = float(np.max(arrival_unix_s + latency_s / speedup_ratio) - np.min(arrival_unix_s))
     to_ms = 1e3 / speedup_ratio
-    metrics = {
-        "time_to_first_token": summarize(ttft_s * to_ms, "ms"),
-        "request_latency": summarize(latency_s * to_ms, "ms"),
-        "output_sequence_length": summarize(osl, "tokens"),
-        "input_sequence_length": summarize(np.asarray([row.isl_tokens for row in rows], dtype=np.float64), "tokens"),
-        "output_token_throughput": {"unit": "tokens/sec", "avg": float(osl.sum()) / duration_s},
-        "request_throughput": {"unit": "requests/sec", "avg": len(rows) / duration_s},
-        "request_count": {"unit": "requests", "avg": float(len(rows))},
-    }
-    if len(itl_s):
-        metrics["inter_token_latency"] = summarize(itl_s * to_ms, "ms")
-    return metrics
+    latency_ms = _column(row.due_s[-1] - row.arrival_s for row in rows) * to_ms
+    arrival_unix_s = _column(row.arrival_unix_s for row in rows)
+    finished = FinishedRequests(
+        ttft_ms=_column(row.ttft_s for row in rows) * to_ms,
+        ttst_ms=_column(row.due_s[min(1, len(row.due_s) - 1)] - row.due_s[0] for row in rows) * to_ms,
+        latency_ms=latency_ms,
+        isl_tokens=_column(row.isl_tokens for row in rows),
+        osl_tokens=_column(len(row.due_s) for row in rows),
+        cached_tokens=_column(row.num_cached_tokens for row in rows),
+    )
+    totals = RunTotals(
+        num_finished=len(rows),
+        isl_tokens=sum(row.isl_tokens for row in rows),
+        osl_tokens=sum(len(row.due_s) for row in rows),
+        duration_s=float(np.max(arrival_unix_s + latency_ms / 1e3) - np.min(arrival_unix_s)),
+    )
+    return request_metrics(finished) | run_metrics(totals)
 
 
-def summarize(values: np.ndarray[Any, np.dtype[np.float64]], unit: str) -> Metric:
-    """One metric in AIPerf's schema (0.13.0: linear percentiles, population standard deviation)."""
-    percentiles = np.percentile(values, _PERCENTILES)
-    return {
-        "unit": unit,
-        "avg": float(values.mean()),
-        **{f"p{p}": float(value) for p, value in zip(_PERCENTILES, percentiles, strict=True)},
-        "min": float(values.min()),
-        "max": float(values.max()),
-        "std": float(values.std()),
-        "count": len(values),
-        "sum": float(values.sum()),
-    }
+def _column(values: Iterable[float]) -> FloatArray:
+    return np.fromiter(values, dtype=np.float64)
 
 
 def _cpu_us_per_token(timelines: Sequence[Sequence[TimelineRow]], since_unix_s: float) -> float:

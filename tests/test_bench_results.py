@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from mock_engine.bench_report import comparison_rows, print_table, write_report
-from mock_engine.bench_results import Results, model_metrics, summarize
+from mock_engine.bench_results import Results, model_metrics
 from mock_engine.recorder import RequestRow, TimelineRow
 
 TTFT_S, ITL_S = 0.25, 0.01
@@ -120,37 +119,6 @@ def test_model_metrics_are_the_due_times_in_real_milliseconds(osls, ttft_s, itl_
 def test_requests_of_one_token_have_no_itl():
     assert "inter_token_latency" not in model_metrics([make_row(osl=1)], 1.0)
     assert model_metrics([], 1.0) == {}
-
-
-# From profile_export_aiperf.json and profile_export.jsonl of a run of AIPerf 0.13.0 with 10 requests.
-AIPERF_TTFT_MS = [53.487922, 44.119, 47.012, 61.25, 70.1, 44.9, 45.66, 98.003, 112.7, 57.42]
-
-
-def test_a_summary_has_aiperf_s_keys_and_numpy_s_linear_percentiles():
-    summary = summarize(np.asarray(AIPERF_TTFT_MS), "ms")
-    assert list(summary) == (
-        [
-            "unit",
-            "avg",
-            "p1",
-            "p5",
-            "p10",
-            "p25",
-            "p50",
-            "p75",
-            "p90",
-            "p95",
-            "p99",
-            "min",
-            "max",
-            "std",
-            "count",
-            "sum",
-        ]
-    )
-    assert summary["p50"] == pytest.approx((53.487922 + 57.42) / 2)
-    assert summary["count"] == 10
-    assert summary["min"] <= summary["p1"] <= summary["p99"] <= summary["max"]
 
 
 def test_the_comparison_holds_what_both_sides_have():
