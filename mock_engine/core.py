@@ -41,10 +41,17 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Passes in a row that only decode, by the same sequences: one after the other, from `start_s` on."""
+    """
+    Passes in a row that only decode, by the same sequences.
 
-    start_s: float
-    ends_s: NDArray[np.float64]  # shape (number of passes,)
+    `edges_s` has shape (passes + 1,): the begin of the first, then the end of each, which is the begin of the next.
+    """
+
+    edges_s: NDArray[np.float64]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.edges_s) - 1
 
 
 class Token(NamedTuple):
@@ -84,12 +91,15 @@ class Core:
         self.scheduler.cancel(sequence)
 
     def begin_step(self) -> Step | None:
-        """Start the next pass. None when there is nothing to run."""
+        """Start the next pass. None when there is nothing to run, or when all wait for blocks that others keep."""
         assert self._current is None, "the last step has not ended"
         if not self.has_work:
             return None
         schedule = self.scheduler.schedule()
-        assert schedule.load.num_tokens, "there is work, so something must run"
+        if not schedule.load.num_tokens:
+            assert self.scheduler.num_kept_blocks, "there is work, so something must run"
+            self.scheduler.complete(schedule)
+            return None
         self._current = Step(self._times.step_s(schedule.load), schedule)
         return self._current
 
@@ -120,14 +130,14 @@ class Core:
         num_steps = min(self.scheduler.num_steady_steps(), MAX_RUN_STEPS)
         if not num_steps:
             return None
-        ends_s = np.empty(num_steps + 1)
-        ends_s[0] = now_s
-        ends_s[1:] = self._times.peek_decode_s(self.scheduler.decode_load, num_steps)
-        np.add.accumulate(ends_s, out=ends_s)  # one after the other, as a clock adds them
-        return Run(now_s, ends_s[1:])
+        edges_s = np.empty(num_steps + 1)
+        edges_s[0] = now_s
+        edges_s[1:] = self._times.peek_decode_s(self.scheduler.decode_load, num_steps)
+        np.add.accumulate(edges_s, out=edges_s)  # one after the other, as a clock adds them
+        return Run(edges_s)
 
     def end_run(self, run: Run, num_steps: int) -> Progress:
         """The first `num_steps` of `run` are over."""
         self._times.skip(num_steps)
-        self._now_s = float(run.ends_s[num_steps - 1])
+        self._now_s = float(run.edges_s[num_steps])
         return self.scheduler.advance(num_steps)

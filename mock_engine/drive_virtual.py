@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heappush
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import simpy
@@ -42,31 +42,44 @@ class VirtualClock(simpy.Environment):
         event._ok = True
         event._value = None
         event.callbacks = [function]
-        heappush(self._queue, (time_s, priority, next(self._eid), event))
+        heappush(self._queue, (time_s, priority, next(self._eid), event))  # type: ignore[misc]
         return event
 
 
 class Flight:
     """One request in an engine: when what happened to it. Times are None until then."""
 
-    __slots__ = ("arrival_s", "first_token_s", "last_token_s", "second_token_s", "sequence")
+    __slots__ = ("arrival_s", "first_token_s", "last_token_s", "owner", "second_token_s", "sequence")
 
-    def __init__(self, sequence: SequenceState, arrival_s: float) -> None:
+    def __init__(self, sequence: SequenceState, arrival_s: float, owner: Any) -> None:
         self.sequence = sequence
+        self.owner = owner  # whatever the submitter wants to find here again
         self.arrival_s = arrival_s
         self.first_token_s: float | None = None
         self.second_token_s: float | None = None
         self.last_token_s: float | None = None  # kept where it is of use: at the end, and when preempted
 
 
+class Stretch(NamedTuple):
+    """What steps in a row had in common."""
+
+    edges_s: NDArray[np.float64]  # begin of the first, then the end of each
+    num_decoding: int  # sequences that got a token at the end of each step, after one at its begin
+    num_prefilled: int  # sequences that got one at the end of the last step, and had none at its begin
+    num_running: int
+    num_waiting: int
+    start_blocks: int  # KV blocks in use, in the first step
+    end_blocks: int  # ... and in the last
+
+
 class Listener(Protocol):
-    """Who wants to know what happens in a drive. `flight.sequence.request` says whom it is about."""
+    """Who wants to know what happens in a drive. `flight.owner` says whom it is about."""
 
     def finished(self, flight: Flight) -> None:
-        """All its tokens are out; its blocks are back."""
+        """All its tokens are out; its blocks are back, unless its request keeps them."""
 
-    def steps_done(self, start_s: float, ends_s: NDArray[np.float64], num_decoding: int) -> None:
-        """Steps in a row ended at `ends_s`; in each, `num_decoding` sequences got a token after one at its start."""
+    def steps_done(self, stretch: Stretch) -> None:
+        """Steps in a row are over; whoever finished with them is not reported yet."""
 
     def gap_done(self, gap_s: float) -> None:
         """A sequence got its next token after a preemption."""
@@ -105,16 +118,17 @@ class VirtualDrive:
         self._run: Run | None = None
         self._step: Step | None = None
         self._start_s = 0.0  # of the step or run under way
+        self._used_blocks = 0  # in the step under way
         self._next: simpy.Event | None = None  # the end of the step or run, or the begin of one; None when idle
         self._expecting_second: list[Flight] = []  # their first token came out at the last step's end
 
-    def submit(self, request: Request) -> Flight:
+    def submit(self, request: Request, owner: Any = None) -> Flight:
         """Queue a request that arrives now. Raises `RequestError` if it can never be served."""
         sequence = self.core.prepare(request)
         if self._run is not None and self.core.scheduler.has_room:
             self._cut_run()
         self.core.enqueue(sequence)
-        flight = Flight(sequence, self._clock.now)
+        flight = Flight(sequence, self._clock.now, owner)
         self.flights[sequence] = flight
         if self._next is None:
             self._begin_soon()
@@ -130,6 +144,14 @@ class VirtualDrive:
         if self._observer is not None:
             self._observer.left(flight, self._clock.now)
 
+    def give_back(self, flight: Flight) -> None:
+        """Take the KV blocks back of a finished request that keeps them."""
+        if self._run is not None:
+            self._cut_run()
+        self.core.scheduler.give_back(flight.sequence)
+        if self._next is None:
+            self._begin_soon()
+
     def _begin_soon(self) -> None:
         self._next = self._clock.call_at(self._clock.now, self._begin, STEP_BEGINS)
 
@@ -138,7 +160,7 @@ class VirtualDrive:
         if not self._is_single_stepping:
             self._run = self.core.plan_run(now_s)
             if self._run is not None:
-                self._next = self._clock.call_at(float(self._run.ends_s[-1]), self._end_run, STEP_ENDS)
+                self._next = self._clock.call_at(float(self._run.edges_s[-1]), self._end_run, STEP_ENDS)
                 return
         self._begin_step(now_s)
 
@@ -151,6 +173,7 @@ class VirtualDrive:
             return
         for index in range(self.core.scheduler.num_preemptions - num_preemptions):
             self._note_preemption(self.core.scheduler.waiting[index])
+        self._used_blocks = self.core.scheduler.blocks.num_used
         self._next = self._clock.call_at(start_s + self._step.seconds, self._end_step, STEP_ENDS)
 
     def _note_preemption(self, sequence: SequenceState) -> None:
@@ -166,10 +189,20 @@ class VirtualDrive:
         assert self._step is not None
         step, self._step = self._step, None
         now_s = self._clock.now
-        num_decoding = len(self.core.scheduler.decoding)
+        scheduler = self.core.scheduler
+        num_decoding, num_running = len(scheduler.decoding), scheduler.num_running
         progress = self.core.end_step(step, now_s)
-        if num_decoding:
-            self._note_steps(np.array([now_s]), num_decoding)
+        self._note_steps(
+            Stretch(
+                np.array([self._start_s, now_s]),
+                num_decoding,
+                len(progress.prefilled),
+                num_running,
+                len(scheduler.waiting),
+                self._used_blocks,
+                self._used_blocks,
+            )
+        )
         if self._observer is not None:
             self._show_chunks(step.schedule.prefills, now_s)
         for sequence in progress.prefilled:
@@ -177,13 +210,12 @@ class VirtualDrive:
         self._finish(progress, now_s)
         self._begin_soon()
 
-    def _note_steps(self, ends_s: NDArray[np.float64], num_decoding: int) -> None:
-        self._listener.steps_done(self._start_s, ends_s, num_decoding)
-        if self._expecting_second:
-            for flight in self._expecting_second:
-                if flight.sequence.num_output_tokens > 1:  # not preempted, not cancelled
-                    flight.second_token_s = float(ends_s[0])
-            self._expecting_second.clear()
+    def _note_steps(self, stretch: Stretch) -> None:
+        self._listener.steps_done(stretch)
+        for flight in self._expecting_second:
+            if flight.sequence.num_output_tokens > 1 and flight.second_token_s is None:  # not preempted or cancelled
+                flight.second_token_s = float(stretch.edges_s[1])
+        self._expecting_second.clear()
 
     def _note_prefilled(self, flight: Flight, now_s: float) -> None:
         if flight.first_token_s is None:
@@ -214,22 +246,32 @@ class VirtualDrive:
             return
         assert self._run is not None
         run, self._run = self._run, None
-        self._finish(self._count_run(run, len(run.ends_s)), self._clock.now)
+        self._finish(self._count_run(run, run.num_steps), self._clock.now)
         self._begin_soon()
 
     def _count_run(self, run: Run, num_steps: int) -> Progress:
-        num_decoding = len(self.core.scheduler.decoding)
+        scheduler = self.core.scheduler
+        num_decoding, used_blocks = len(scheduler.decoding), scheduler.blocks.num_used
+        grown_blocks = scheduler.num_blocks_for_steps(num_steps)
         progress = self.core.end_run(run, num_steps)
-        self._note_steps(run.ends_s[:num_steps], num_decoding)
+        self._note_steps(
+            Stretch(
+                run.edges_s[: num_steps + 1],
+                num_decoding,
+                0,
+                num_decoding,
+                len(scheduler.waiting),
+                used_blocks,
+                used_blocks + grown_blocks,
+            )
+        )
         return progress
 
     def _cut_run(self) -> None:
         """Leave it at the step that is under way now: those before are over, and it is an ordinary step."""
         assert self._run is not None
         run, self._run = self._run, None
-        num_over = int(np.searchsorted(run.ends_s, self._clock.now))
-        start_s = self._start_s
-        if num_over:
+        num_over = int(np.searchsorted(run.edges_s, self._clock.now)) - 1
+        if num_over > 0:
             self._count_run(run, num_over)
-            start_s = float(run.ends_s[num_over - 1])
-        self._begin_step(start_s)
+        self._begin_step(float(run.edges_s[max(num_over, 0)]))

@@ -4,7 +4,7 @@ The KV cache as blocks: who holds what, what is shared, what can be reused.
     table = BlockTable()
     blocks.claim_prefix(table, hashes)   share blocks that are in the cache already
     blocks.grow(table, num_blocks)       take new ones; False when there are too few
-    blocks.publish(table, block_hash)    a full block can be shared from now on
+    blocks.publish(table, hashes)        full blocks can be shared from now on
     blocks.release(table)                give everything back
 
 A block is in one of three states, and the three always sum to `num_blocks`:
@@ -17,7 +17,8 @@ taking and giving back cheap enough for a simulator that does little else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 
 class BlockTable:
@@ -43,7 +44,12 @@ class KvBlocks:
         self.enable_prefix_caching = enable_prefix_caching
         self.num_free = num_blocks
         self._references: dict[int, int] = {}  # hash -> tables holding it, >= 1
-        self._cached: dict[int, None] = {}  # hashes held by nobody, least recently used first
+        # Hashes held by nobody -> the release that left them so; and all releases, oldest first, each with its hashes
+        # in the order of the sequence. Those that have been claimed since are in the first no more, or with a later one.
+        self._cached: dict[int, int] = {}
+        self._releases: deque[tuple[int, list[int]]] = deque()
+        self._num_releases = 0
+        self._num_claimed = 0  # hashes in `_releases` that count no more
         self._num_private = 0
 
     @property
@@ -72,7 +78,7 @@ class KvBlocks:
 
     def num_unheld(self, hashes: Sequence[int]) -> int:
         """How many of `hashes`, all in the cache, would have to move from cached to used."""
-        return sum(block_hash in self._cached for block_hash in hashes)
+        return sum(map(self._cached.__contains__, hashes))
 
     def claim_prefix(self, table: BlockTable, hashes: Sequence[int]) -> None:
         """Let `table` hold the cached blocks `hashes` (from `num_prefix_blocks`) too."""
@@ -81,6 +87,7 @@ class KvBlocks:
                 self._references[block_hash] += 1
             else:
                 del self._cached[block_hash]
+                self._num_claimed += 1
                 self._references[block_hash] = 1
             table.hashes.append(block_hash)
 
@@ -109,35 +116,69 @@ class KvBlocks:
         self._num_private += num_blocks
         return True
 
-    def publish(self, table: BlockTable, block_hash: int) -> None:
+    def publish(self, table: BlockTable, hashes: Sequence[int]) -> None:
         """
-        A private block of `table` is full; from now on others can find it by `block_hash`.
+        As many private blocks of `table` are full; from now on others can find them by `hashes`.
 
-        If the same content is in the cache already, the block stays a private copy.
+        Where the same content is in the cache already, the block stays a private copy.
         """
-        if not self.enable_prefix_caching or block_hash in self._references or block_hash in self._cached:
+        if not self.enable_prefix_caching:
             return
-        self._references[block_hash] = 1
-        self._num_private -= 1
-        table.num_private -= 1
-        table.hashes.append(block_hash)
+        references, cached = self._references, self._cached
+        new = [block_hash for block_hash in hashes if block_hash not in references and block_hash not in cached]
+        fresh = dict.fromkeys(new, 1)
+        references.update(fresh)
+        self._num_private -= len(fresh)
+        table.num_private -= len(fresh)
+        table.hashes += fresh
 
     def release(self, table: BlockTable) -> None:
         """Give back all that `table` holds. Hashed blocks stay cached, a sequence's last ones evicted first."""
-        for block_hash in reversed(table.hashes):
-            references = self._references[block_hash]
-            if references > 1:
-                self._references[block_hash] = references - 1
-            else:
-                del self._references[block_hash]
-                self._cached[block_hash] = None
+        references, hashes = self._references, table.hashes
+        shared = [block_hash for block_hash in hashes if references[block_hash] > 1]
+        if shared:
+            for block_hash in shared:
+                references[block_hash] -= 1
+            still_held = set(shared)
+            hashes = [block_hash for block_hash in hashes if block_hash not in still_held]
+        if hashes:
+            _call_for_each(references.__delitem__, hashes)
+            self._num_releases += 1
+            self._cached.update(dict.fromkeys(hashes, self._num_releases))
+            self._releases.append((self._num_releases, hashes))
+            self._forget_claimed()
         self.num_free += table.num_private
         self._num_private -= table.num_private
-        table.hashes.clear()
+        table.hashes = []
         table.num_private = 0
 
     def _evict(self, num_blocks: int) -> None:
-        oldest = iter(self._cached)
-        for block_hash in [next(oldest) for _ in range(num_blocks)]:
-            del self._cached[block_hash]
         self.num_free += num_blocks
+        while num_blocks:
+            release, hashes = self._releases[0]
+            last = hashes[-num_blocks:]
+            del hashes[-num_blocks:]
+            if not hashes:
+                self._releases.popleft()
+            evicted = last
+            if self._num_claimed:
+                evicted = [block_hash for block_hash in last if self._cached.get(block_hash) == release]
+            _call_for_each(self._cached.__delitem__, evicted)
+            self._num_claimed -= len(last) - len(evicted)
+            num_blocks -= len(evicted)
+
+    def _forget_claimed(self) -> None:
+        """Keep `_releases` from growing where blocks are claimed and released, and nothing is evicted."""
+        if self._num_claimed > len(self._cached) + 1024:
+            cached = self._cached
+            kept = (
+                (release, [block_hash for block_hash in hashes if cached.get(block_hash) == release])
+                for release, hashes in self._releases
+            )
+            self._releases = deque((release, hashes) for release, hashes in kept if hashes)
+            self._num_claimed = 0
+
+
+def _call_for_each(function: Callable[[int], object], hashes: Iterable[int]) -> None:
+    """A loop that costs half of one in Python: a simulated trace has millions of blocks."""
+    deque(map(function, hashes), maxlen=0)

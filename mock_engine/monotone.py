@@ -93,16 +93,15 @@ class MonotoneCurve:
         return low + (values[i + 1] - low) * (x - knots[i]) / (knots[i + 1] - knots[i])
 
     def many(self, x: FloatArray) -> FloatArray:
-        """The same for an array, to the last bit."""
+        """The same for an array in ascending order, to the last bit."""
         knots, values = self._knots_array, self._values_array
-        i = np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2)
+        i = knots.searchsorted(x, side="right")
+        i -= 1
+        if i[-1] >= len(knots) - 1 or x[0] <= knots[0]:
+            return np.array([self(each) for each in x.tolist()])  # partly outside; rare, and told apart one by one
         low, left = values[i], knots[i]
-        seconds = low + (values[i + 1] - low) * (x - left) / (knots[i + 1] - left)
-        if x.max() >= knots[-1]:
-            seconds = np.where(x >= knots[-1], values[-1] * (x / knots[-1]), seconds)
-        if x.min() <= knots[0]:
-            seconds = np.where(x <= knots[0], values[0], seconds)
-        return np.asarray(seconds)
+        i += 1
+        return np.asarray(low + (values[i] - low) * (x - left) / (knots[i] - left))
 
 
 class MonotoneSurface:

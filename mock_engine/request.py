@@ -22,7 +22,7 @@ class Request:
     `block_hashes` has one entry for each full KV block of prompt plus output,
     in order; each hash covers its block and everything before it. It may be
     shorter: blocks without a hash are not shared. Raises `RequestError` for
-    lengths below 1 or more hashes than full blocks.
+    lengths below 1.
     """
 
     request_id: str
@@ -30,6 +30,8 @@ class Request:
     osl_tokens: int
     block_hashes: Sequence[int] = ()
     choice: int = 0  # which of the `n` answers to one prompt this is
+    num_remote_tokens: int = 0  # prompt tokens whose KV another worker has computed and handed over
+    keeps_blocks: bool = False  # its KV blocks stay taken when it ends, until `Scheduler.give_back`
 
     def __post_init__(self) -> None:
         if self.isl_tokens < 1:

@@ -163,6 +163,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_queries_tokens = 0  # prompt tokens looked up in the prefix cache
         self.num_prefix_hits_tokens = 0  # ... and found there
+        self.num_kept_blocks = 0  # of finished sequences whose requests keep them
         self._is_in_step = False  # its blocks are taken, its tokens not counted
         self._is_head_blocked = False  # the first that waits found too few blocks, and none have come back since
         self._context_tokens = 0  # of all that decode, together, less num_steps for each
@@ -202,6 +203,12 @@ class Scheduler:
             self.waiting.remove(sequence)
             self._is_head_blocked = False
         sequence.status = Status.CANCELLED
+
+    def give_back(self, sequence: SequenceState) -> None:
+        """Take the blocks back of a finished sequence whose request keeps them."""
+        self.num_kept_blocks -= sequence.table.num_blocks
+        self.blocks.release(sequence.table)
+        self._is_head_blocked = False
 
     @property
     def has_room(self) -> bool:
@@ -246,7 +253,7 @@ class Scheduler:
             sequence._num_output_tokens += 1
             prefilled.append(sequence)
             if sequence.num_output_tokens == sequence.request.osl_tokens:
-                self._leave(sequence)
+                self._leave(sequence, sequence.request.keeps_blocks)
                 sequence.status = Status.FINISHED
                 finished.append(sequence)
             else:
@@ -266,7 +273,7 @@ class Scheduler:
 
     def advance(self, num_steps: int) -> Progress:
         """Do that many steps at once, at most `num_steady_steps`: the same as `schedule` and `complete` in turns."""
-        has_blocks = self.blocks.take(self._num_blocks_for_steps(num_steps))
+        has_blocks = self.blocks.take(self.num_blocks_for_steps(num_steps))
         assert has_blocks, "there are as many steady steps as there are blocks for"
         self.num_steps += num_steps
         return Progress([], self._finish())
@@ -280,7 +287,7 @@ class Scheduler:
         """End those that have made their last token."""
         finished = self._finishing.pop(self.num_steps, [])
         for sequence in finished:
-            self._leave(sequence)
+            self._leave(sequence, sequence.request.keeps_blocks)
             sequence.status = Status.FINISHED
         while self._finish_steps and self._finish_steps[0] not in self._finishing:
             heapq.heappop(self._finish_steps)
@@ -293,17 +300,20 @@ class Scheduler:
             sequence = self.waiting[0]
             hits = self._prefix_hits(sequence)
             num_cached_tokens = len(hits) * self.blocks.block_size
-            num_new = sequence.num_tokens - num_cached_tokens
+            # Blocks that another worker has filled are here once: who is preempted computes them.
+            num_remote_tokens = 0 if sequence.num_preemptions else sequence.request.num_remote_tokens
+            num_computed_tokens = max(num_cached_tokens, num_remote_tokens)
+            num_new = sequence.num_tokens - num_computed_tokens
             if num_new > budget:
                 if not self.config.enable_chunked_prefill:
                     return
                 num_new = budget
-            num_blocks = self._num_blocks(num_cached_tokens + num_new)
+            num_blocks = self._num_blocks(num_computed_tokens + num_new)
             if num_blocks - len(hits) + self.blocks.num_unheld(hits) > self.blocks.num_available:
                 self._is_head_blocked = True
                 return
             self.blocks.claim_prefix(sequence.table, hits)
-            sequence._num_computed_tokens = num_cached_tokens
+            sequence._num_computed_tokens = num_computed_tokens
             sequence.num_published_blocks = len(hits)
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = num_cached_tokens
@@ -345,18 +355,19 @@ class Scheduler:
                     break
         return True
 
-    def _num_blocks_for_steps(self, num_steps: int) -> int:
+    def num_blocks_for_steps(self, num_steps: int) -> int:
         """Blocks that all that decode take in the next `num_steps` steps together."""
-        block_size = self.blocks.block_size
+        block_size, by_phase = self.blocks.block_size, self._num_by_phase
         num_cycles, rest = divmod(num_steps, block_size)
-        return num_cycles * len(self.decoding) + sum(
-            self._num_by_phase[-step % block_size] for step in range(self.num_steps, self.num_steps + rest)
-        )
+        first = -self.num_steps % block_size  # the phase that needs a block now; then the one below, and so on
+        below = first + 1 - rest
+        num_blocks = sum(by_phase[max(below, 0) : first + 1]) + (sum(by_phase[below:]) if below < 0 else 0)
+        return num_cycles * len(self.decoding) + num_blocks
 
     def _num_steps_with_blocks(self, num_steps: int) -> int:
         """For how many of the next `num_steps` steps there are blocks."""
         available = self.blocks.num_available
-        if self._num_blocks_for_steps(num_steps) <= available:
+        if self.num_blocks_for_steps(num_steps) <= available:
             return num_steps
         num_cycles = available // len(self.decoding)
         steps = num_cycles * self.blocks.block_size
@@ -412,13 +423,16 @@ class Scheduler:
         sequence._scheduler = None
         del self.decoding[sequence]
 
-    def _leave(self, sequence: SequenceState) -> None:
+    def _leave(self, sequence: SequenceState, keeps_blocks: bool = False) -> None:
         """Take a sequence out of the batch, and its blocks back."""
         if sequence in self.decoding:
             self._stop_decoding(sequence)
         else:
             del self.prefilling[sequence]
-        self.blocks.release(sequence.table)
+        if keeps_blocks:
+            self.num_kept_blocks += sequence.table.num_blocks
+        else:
+            self.blocks.release(sequence.table)
         self._is_head_blocked = False
 
     def _settle_table(self, sequence: SequenceState) -> None:
@@ -437,8 +451,9 @@ class Scheduler:
     def _publish(self, sequence: SequenceState, num_tokens: int) -> None:
         num_full = num_tokens // self.blocks.block_size
         if num_full > sequence.num_published_blocks:
-            for block_hash in sequence.request.block_hashes[sequence.num_published_blocks : num_full]:
-                self.blocks.publish(sequence.table, block_hash)
+            hashes = sequence.request.block_hashes[sequence.num_published_blocks : num_full]
+            if hashes:
+                self.blocks.publish(sequence.table, hashes)
             sequence.num_published_blocks = num_full
 
     def _num_blocks(self, num_tokens: int) -> int:

@@ -138,8 +138,7 @@ class PlainScheduler:
 
     def _publish_up_to(self, sequence: PlainSequence, num_tokens: int) -> None:
         num_full = num_tokens // self.blocks.block_size
-        for block_hash in sequence.request.block_hashes[sequence.num_published : num_full]:
-            self.blocks.publish(sequence.table, block_hash)
+        self.blocks.publish(sequence.table, sequence.request.block_hashes[sequence.num_published : num_full])
         sequence.num_published = max(sequence.num_published, num_full)
 
     def _leave(self, sequence: PlainSequence) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ class TokenCore(Core):
         return progress
 
     def end_run(self, run, num_steps):
-        for now_s in run.ends_s[:num_steps]:
+        for now_s in run.edges_s[1 : num_steps + 1]:
             self.note(self.scheduler.decoding, now_s)
         self.num_run_steps += num_steps
         return super().end_run(run, num_steps)
@@ -52,10 +53,9 @@ class Notes:
             )
         )
 
-    def steps_done(self, start_s, ends_s, num_decoding):
-        for end_s in ends_s:
-            self.gaps += [float(end_s) - start_s] * num_decoding
-            start_s = float(end_s)
+    def steps_done(self, stretch):
+        for start_s, end_s in pairwise(stretch.edges_s.tolist()):
+            self.gaps += [end_s - start_s] * stretch.num_decoding
 
     def gap_done(self, gap_s):
         self.gaps.append(gap_s)
