@@ -10,12 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    "errors request",
-    "step kv_blocks latency_table monotone roofline profile lateness tokenizer_words output_tokens",
+    "errors request session",
+    "step kv_blocks latency_table monotone roofline profile lateness tokenizer_words output_tokens"
+    " aiperf_schema columns slos state_log",
     "scheduler timing step_times prompt",
     "core",
-    "realtime_clock recorder drive_realtime drive_virtual engine_settings",
-    "flags dynamo_release llm_engine",
+    "realtime_clock recorder drive_realtime drive_virtual engine_settings trace_files workload"
+    " aiperf_records simulation_results",
+    "flags dynamo_release llm_engine routing deployment clients simulation",
 )  # every other module is in one more row, the last
 ROW_OF = {module: number for number, row in enumerate(ROWS, start=1) for module in row.split()}
 LAST_ROW = len(ROWS) + 1

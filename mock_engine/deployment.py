@@ -1,0 +1,432 @@
+"""
+Several engines as one service, in virtual time: workers, routers, hand-over from prefill to decode.
+
+    deployment = Deployment(settings, clock, log, states, on_end)
+    deployment.submit(job)         when its client sends it; `on_end(job)` is called once, when it has ended
+    deployment.cancel(job)
+
+Aggregated, a worker does all of a request. Disaggregated, a prefill worker computes the
+prompt, keeps its KV blocks until they are with a decode worker, and that one makes all
+output tokens, as vLLM under Dynamo does: the first comes with the last prompt token, which is computed again.
+
+Links are simpy resources: a worker sends, and receives, one KV cache at a time, at full bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from mock_engine.drive_virtual import Flight, Observer, Stretch, VirtualClock, VirtualDrive
+from mock_engine.engine_settings import Engine, EngineSettings, build_engine
+from mock_engine.errors import ConfigError, RequestError
+from mock_engine.request import Request
+from mock_engine.routing import RoutedLoad, Router, RouterSettings, make_router
+from mock_engine.step import StepLoad
+
+ROLES = ("agg", "prefill", "decode")
+TRANSFER_MODES = ("full_prompt", "destination_missing")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGroup:
+    """Workers that are alike. `role` is as in Dynamo's `--disaggregation-mode`."""
+
+    engine: EngineSettings
+    num_workers: int = 1
+    role: str = "agg"
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentSettings:
+    """What is deployed. Workers count from 0 through all groups. Raises `ConfigError` for what cannot be."""
+
+    groups: tuple[WorkerGroup, ...]
+    data_parallel_size: int = 1  # engines in each worker, each with its own KV cache and GPUs
+    router: RouterSettings = field(default_factory=RouterSettings)
+    kv_transfer_bandwidth: float = 64.0  # GB/s of each worker, each way
+    kv_transfer_timing_mode: str = "full_prompt"
+    startup_time: float = 0.0  # s until a worker serves, for those that `starts_s` does not name
+    starts_s: dict[int, float] = field(default_factory=dict)  # worker -> when it serves
+    losses_s: dict[int, float] = field(default_factory=dict)  # worker -> when it is lost
+    migration_limit: int = 0  # how often a request of a lost worker is sent to another
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            if group.num_workers < 1:
+                flag = "--workers" if group.role == "agg" else f"--{group.role}-workers"
+                raise ConfigError(f"{flag} is {group.num_workers}; it must be at least 1")
+        roles = {group.role for group in self.groups}
+        if roles not in ({"agg"}, {"prefill", "decode"}):
+            raise ConfigError("disaggregated serving needs both --prefill-workers and --decode-workers")
+        if self.data_parallel_size < 1:
+            raise ConfigError(f"--data-parallel-size is {self.data_parallel_size}; it must be at least 1")
+        if not 0 < self.kv_transfer_bandwidth < math.inf:
+            raise ConfigError(f"--kv-transfer-bandwidth is {self.kv_transfer_bandwidth:g}; it must be above 0, in GB/s")
+        if self.kv_transfer_timing_mode not in TRANSFER_MODES:
+            raise ConfigError(
+                f"--kv-transfer-timing-mode is {self.kv_transfer_timing_mode!r}; allowed is {', '.join(TRANSFER_MODES)}"
+            )
+        if not 0 <= self.startup_time < math.inf:
+            raise ConfigError(f"--startup-time is {self.startup_time:g}; it must be 0 or more, in seconds")
+        if self.migration_limit < 0:
+            raise ConfigError(f"--migration-limit is {self.migration_limit}; it must be 0 or more")
+        for name, times_s in (("--start-worker", self.starts_s), ("--lose-worker", self.losses_s)):
+            for worker, time_s in times_s.items():
+                if not 0 <= worker < self.num_workers:
+                    raise ConfigError(f"{name} names worker {worker}; there are 0 to {self.num_workers - 1}")
+                if not 0 <= time_s < math.inf:
+                    raise ConfigError(f"{name} {worker}:{time_s:g} has no time of 0 s or more")
+
+    @property
+    def num_workers(self) -> int:
+        return sum(group.num_workers for group in self.groups)
+
+
+class Job:
+    """One request of a client, wherever in the deployment it is. Times are None until then."""
+
+    __slots__ = (
+        "block_hashes",
+        "client",
+        "failure",
+        "first_token_s",
+        "flight",
+        "is_cancelled",
+        "isl_tokens",
+        "last_token_s",
+        "num_cached_tokens",
+        "num_preemptions",
+        "num_tokens_before",
+        "num_tries",
+        "number",
+        "osl_tokens",
+        "rank",
+        "second_token_s",
+        "sent_s",
+    )
+
+    def __init__(
+        self, number: int, isl_tokens: int, osl_tokens: int, block_hashes: Sequence[int], sent_s: float, client: object
+    ) -> None:
+        self.number = number
+        self.isl_tokens = isl_tokens
+        self.osl_tokens = osl_tokens
+        self.block_hashes = block_hashes
+        self.sent_s = sent_s
+        self.client = client  # whatever the sender wants to find here again
+        self.first_token_s: float | None = None
+        self.second_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.num_tokens_before = 0  # made by workers that were lost
+        self.num_tries = 0
+        self.rank: Rank | None = None  # where it is now, or was last
+        self.flight: Flight | None = None  # None while it waits for a worker or its KV cache is on the way
+        self.is_cancelled = False
+        self.failure: str | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens that its client has got."""
+        if self.rank is None or self.flight is None or self.rank.role == "prefill":
+            return self.num_tokens_before
+        return self.num_tokens_before + self.flight.sequence.num_output_tokens
+
+
+class GapLog(Protocol):
+    """Who wants to know the times between tokens."""
+
+    def add_gaps(self, gaps_s: NDArray[np.float64], num_sequences: int) -> None: ...
+
+
+class UsageLog(Protocol):
+    """Who wants to know what workers were like; KV usage is a share of a worker's blocks."""
+
+    def add(
+        self,
+        start_s: float,
+        end_s: float,
+        num_running: float,
+        num_waiting: float,
+        start_usage: float,
+        end_usage: float,
+        num_output_tokens: float,
+    ) -> None: ...
+
+
+class Rank(RoutedLoad):
+    """One engine of a worker, and the listener of its drive."""
+
+    def __init__(
+        self,
+        worker: int,
+        role: str,
+        engine: Engine,
+        clock: VirtualClock,
+        gaps: GapLog,
+        usage: UsageLog,
+        on_finished: Callable[[Rank, Flight], None],
+        observer: Observer | None,
+    ) -> None:
+        super().__init__(VirtualDrive(clock, engine.core, self, observer))
+        self.worker = worker
+        self.role = role
+        self.engine = engine
+        self.sends, self.receives = simpy.Resource(clock), simpy.Resource(clock)
+        self.is_up = False
+        self.num_output_tokens = 0
+        self._gaps = gaps
+        self._usage = usage
+        self._on_finished = on_finished
+
+    def finished(self, flight: Flight) -> None:
+        self.remove(flight)
+        self._on_finished(self, flight)
+
+    def steps_done(self, stretch: Stretch) -> None:
+        edges_s, num_decoding = stretch.edges_s, stretch.num_decoding
+        num_tokens = num_decoding * (len(edges_s) - 1) + stretch.num_prefilled
+        if num_decoding:
+            self._gaps.add_gaps(edges_s[1:] - edges_s[:-1], num_decoding)
+        num_blocks = self.engine.num_blocks
+        self.num_output_tokens += num_tokens
+        self._usage.add(
+            float(edges_s[0]),
+            float(edges_s[-1]),
+            stretch.num_running,
+            stretch.num_waiting,
+            stretch.start_blocks / num_blocks,
+            stretch.end_blocks / num_blocks,
+            num_tokens,
+        )
+
+    def gap_done(self, gap_s: float) -> None:
+        self._gaps.add_gaps(np.array([gap_s]), 1)
+
+
+class Pool:
+    """The ranks of one role, and the router before them. Requests wait here while no worker is up."""
+
+    def __init__(self, ranks: list[Rank], router: Router[Rank]) -> None:
+        self.ranks = ranks
+        self.up: list[Rank] = []
+        self.waiting: deque[Job] = deque()
+        self.router = router
+
+
+class Deployment:
+    """See the module. `on_end` is called when a job is finished, has failed, or is cancelled."""
+
+    def __init__(
+        self,
+        settings: DeploymentSettings,
+        clock: VirtualClock,
+        gaps: GapLog,
+        usage: UsageLog,
+        on_end: Callable[[Job], None],
+        observer_of: Callable[[int, int], Observer | None] = lambda _worker, _dp_rank: None,
+        on_unmeasured: Callable[[str, StepLoad], None] = lambda _name, _load: None,
+    ) -> None:
+        self.settings = settings
+        self.ranks: list[Rank] = []
+        self._clock = clock
+        self._on_end = on_end
+        rng = np.random.default_rng([settings.groups[0].engine.seed, 1])
+        for group in settings.groups:
+            for worker in range(len(self._workers()), len(self._workers()) + group.num_workers):
+                for dp_rank in range(settings.data_parallel_size):
+                    engine = build_engine(
+                        replace(group.engine, seed=group.engine.seed + len(self.ranks)),
+                        partial(on_unmeasured, group.engine.profile),
+                    )
+                    self.ranks.append(
+                        Rank(
+                            worker,
+                            group.role,
+                            engine,
+                            clock,
+                            gaps,
+                            usage,
+                            self._rank_finished,
+                            observer_of(worker, dp_rank),
+                        )
+                    )
+        block_sizes = {rank.engine.block_size for rank in self.ranks}
+        if len(block_sizes) > 1:
+            raise ConfigError(
+                f"the workers have KV blocks of {' and '.join(map(str, sorted(block_sizes)))} tokens; "
+                f"a router needs one size. Set it with --block-size."
+            )
+        self.block_size = block_sizes.pop()
+        self._pools = {
+            role: Pool([rank for rank in self.ranks if rank.role == role], make_router(settings.router, rng))
+            for role in ROLES
+            if any(rank.role == role for rank in self.ranks)
+        }
+        self._entry = self._pools.get("agg") or self._pools["prefill"]
+        for worker in self._workers():
+            start_s = settings.starts_s.get(worker, settings.startup_time)
+            clock.call_at(start_s, lambda _, worker=worker: self._start(worker))  # type: ignore[misc]
+        for worker, time_s in settings.losses_s.items():
+            clock.call_at(time_s, lambda _, worker=worker: self._lose(worker))  # type: ignore[misc]
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest request that every worker can serve."""
+        return min(rank.engine.scheduler.max_model_len for rank in self.ranks)
+
+    def submit(self, job: Job) -> None:
+        """A client sends `job` now."""
+        self._route(self._entry, job)
+
+    def cancel(self, job: Job) -> None:
+        """Its client has gone. A no-op once it has ended."""
+        if job.is_cancelled or job.failure is not None or job.last_token_s is not None:
+            return
+        job.is_cancelled = True
+        if job.flight is not None and job.rank is not None:
+            self._note_left(job, job.flight)
+            job.num_tokens_before = job.num_output_tokens
+            job.rank.drive.cancel(job.flight)
+            job.rank.remove(job.flight)
+            job.flight = None
+        self._on_end(job)
+
+    def close(self) -> None:
+        """The run is over: what still waits for a worker never gets one."""
+        for pool in self._pools.values():
+            while pool.waiting:
+                self._fail(pool.waiting.popleft(), "no worker was up to take it")
+
+    def _workers(self) -> range:
+        return range(self.ranks[-1].worker + 1 if self.ranks else 0)
+
+    def _route(self, pool: Pool, job: Job) -> None:
+        if job.is_cancelled:
+            return
+        if not pool.up:
+            pool.waiting.append(job)
+            return
+        request = self._request(pool, job)
+        self._send(pool.router(request, pool.up), request, job)
+
+    def _request(self, pool: Pool, job: Job) -> Request:
+        """What the job still needs, from a worker of this pool."""
+        name = str(job.number)
+        isl_tokens, osl_tokens = job.isl_tokens + job.num_tokens_before, job.osl_tokens - job.num_tokens_before
+        if pool is self._pools.get("prefill"):
+            return Request(name, isl_tokens, 1, job.block_hashes, keeps_blocks=True)
+        if pool is self._pools.get("decode"):
+            return Request(name, isl_tokens, osl_tokens, job.block_hashes, num_remote_tokens=isl_tokens - 1)
+        return Request(name, isl_tokens, osl_tokens, job.block_hashes)
+
+    def _send(self, rank: Rank, request: Request, job: Job) -> None:
+        job.rank = rank
+        try:
+            flight = rank.drive.submit(request, job)
+        except RequestError as error:
+            self._fail(job, str(error))
+            return
+        job.flight = flight
+        rank.add(flight)
+
+    def _rank_finished(self, rank: Rank, flight: Flight) -> None:
+        job: Job = flight.owner
+        self._note_left(job, flight)
+        if rank.role == "prefill":
+            job.flight = None
+            self._clock.process(self._hand_over(rank, flight, job))
+            return
+        job.last_token_s = flight.last_token_s
+        job.flight = None
+        self._on_end(job)
+
+    def _note_left(self, job: Job, flight: Flight) -> None:
+        """Take down what a worker has done for a job, before it goes on or ends."""
+        sequence = flight.sequence
+        job.num_preemptions += sequence.num_preemptions
+        if job.rank is not None and job.rank.role != "decode" and not job.num_tries:
+            job.num_cached_tokens = sequence.num_cached_tokens or 0
+        if job.rank is not None and job.rank.role != "prefill":
+            if job.first_token_s is None:
+                job.first_token_s, job.second_token_s = flight.first_token_s, flight.second_token_s
+            elif job.second_token_s is None:
+                job.second_token_s = flight.first_token_s
+
+    def _hand_over(self, source: Rank, flight: Flight, job: Job) -> Generator[simpy.Event, object, None]:
+        """Bring the KV cache of a prompt to a decode worker."""
+        pool = self._pools["decode"]
+        if not pool.up:
+            self._lost(job)  # nobody to take it; it starts again when somebody is
+            source.drive.give_back(flight)
+            return
+        request = self._request(pool, job)
+        target = pool.router(request, pool.up)
+        num_tokens = job.isl_tokens + job.num_tokens_before
+        if self.settings.kv_transfer_timing_mode == "destination_missing":
+            num_tokens -= target.num_overlap_blocks(request) * self.block_size
+        transfer_bytes = num_tokens * source.engine.profile.shape.kv_bytes_per_token
+        with source.sends.request() as send:
+            yield send
+            with target.receives.request() as receive:
+                yield receive
+                yield self._clock.timeout(transfer_bytes / (self.settings.kv_transfer_bandwidth * 1e9))
+        if source.is_up:
+            source.drive.give_back(flight)
+        if job.is_cancelled:
+            return
+        if source.is_up and target.is_up:
+            self._send(target, request, job)
+        else:
+            self._lost(job)
+
+    def _start(self, worker: int) -> None:
+        for rank in self.ranks:
+            if rank.worker == worker:
+                rank.is_up = True
+                pool = self._pools[rank.role]
+                pool.up = [other for other in pool.ranks if other.is_up]
+        for pool in self._pools.values():
+            while pool.up and pool.waiting:
+                self._route(pool, pool.waiting.popleft())
+
+    def _lose(self, worker: int) -> None:
+        """A worker dies: its KV cache is gone, and its requests go elsewhere or fail."""
+        lost: list[Job] = []
+        for rank in self.ranks:
+            if rank.worker == worker and rank.is_up:
+                rank.is_up = False
+                pool = self._pools[rank.role]
+                pool.up = [other for other in pool.ranks if other.is_up]
+                for flight in list(rank.drive.flights.values()):
+                    job: Job = flight.owner
+                    self._note_left(job, flight)
+                    job.num_tokens_before = job.num_output_tokens
+                    rank.drive.cancel(flight)
+                    rank.remove(flight)
+                    job.flight = None
+                    lost.append(job)
+        for job in lost:
+            self._lost(job)
+
+    def _lost(self, job: Job) -> None:
+        """Its worker is gone: what it has got so far becomes part of its prompt, and it is sent again."""
+        if job.num_tries >= self.settings.migration_limit:
+            self._fail(job, "its worker was lost")
+            return
+        job.num_tries += 1
+        self._route(self._entry, job)
+
+    def _fail(self, job: Job, reason: str) -> None:
+        job.failure = reason
+        self._on_end(job)

@@ -1,0 +1,151 @@
+"""
+Which worker gets a request: the policies of Dynamo's frontend, under its names.
+
+    router = make_router(RouterSettings(mode="kv"), rng)
+    rank = router(request, ranks)
+
+A data-parallel rank counts as a worker of its own, as it does for Dynamo's KV router.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from mock_engine.drive_virtual import Flight, VirtualDrive
+from mock_engine.errors import ConfigError
+from mock_engine.request import Request
+
+ROUTER_MODES = ("round-robin", "random", "power-of-two", "least-loaded", "kv")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """Field names are the flags of `dynamo.frontend` 1.4.2. Raises `ConfigError` for a value out of range."""
+
+    router_mode: str = "round-robin"
+    router_kv_overlap_score_credit: float = 1.0
+    router_prefill_load_scale: float = 1.0
+    router_temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.router_mode not in ROUTER_MODES:
+            raise ConfigError(f"--router-mode is {self.router_mode!r}; allowed is {', '.join(ROUTER_MODES)}")
+        for name in ("router_kv_overlap_score_credit", "router_prefill_load_scale", "router_temperature"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; it must be 0 or more")
+
+
+class RoutedLoad:
+    """What a router knows of a worker: which requests it has been given, and what its KV cache holds."""
+
+    def __init__(self, drive: VirtualDrive) -> None:
+        self.drive = drive
+        self.num_active = 0  # requests that have not ended
+        self.active_blocks = 0  # KV blocks of their prompts, shared ones counted for each
+        self._prefill_tokens = 0
+        self._in_prefill: deque[tuple[Flight, int]] = deque()
+
+    def add(self, flight: Flight) -> None:
+        """A request was sent there."""
+        request = flight.sequence.request
+        self.num_active += 1
+        self.active_blocks += self._num_blocks(request)
+        self._prefill_tokens += request.isl_tokens
+        self._drop_prefilled()
+        self._in_prefill.append((flight, request.isl_tokens))
+
+    def remove(self, flight: Flight) -> None:
+        """It has ended."""
+        self.num_active -= 1
+        self.active_blocks -= self._num_blocks(flight.sequence.request)
+
+    @property
+    def active_prefill_tokens(self) -> int:
+        """Prompt tokens of requests that have made no token yet."""
+        self._drop_prefilled()
+        return self._prefill_tokens
+
+    def num_overlap_blocks(self, request: Request) -> int:
+        """Blocks at the start of the prompt that its cache holds."""
+        if not request.block_hashes:
+            return 0
+        num_full = request.isl_tokens // self.drive.core.scheduler.blocks.block_size
+        return self.drive.core.scheduler.blocks.num_prefix_blocks(request.block_hashes[:num_full])
+
+    def _drop_prefilled(self) -> None:
+        waiting = self._in_prefill
+        while waiting and (waiting[0][0].first_token_s is not None or waiting[0][0].sequence.is_final):
+            self._prefill_tokens -= waiting.popleft()[1]
+
+    def _num_blocks(self, request: Request) -> int:
+        return -(-request.isl_tokens // self.drive.core.scheduler.blocks.block_size)
+
+
+Worker = TypeVar("Worker", bound=RoutedLoad)
+Router = Callable[[Request, Sequence[Worker]], Worker]
+
+
+def make_router(settings: RouterSettings, rng: np.random.Generator) -> Router[Worker]:
+    """A router with a state of its own. It is given workers that are up, at least one."""
+    routers: dict[str, Router[Worker]] = {
+        "round-robin": _round_robin(),
+        "random": lambda _, workers: workers[int(rng.integers(len(workers)))],
+        "power-of-two": lambda _, workers: _least_loaded(
+            [workers[index] for index in rng.permutation(len(workers))[:2]]
+        ),
+        "least-loaded": lambda _, workers: _least_loaded(workers),
+        "kv": _by_kv_cost(settings, rng),
+    }
+    return routers[settings.router_mode]
+
+
+def _round_robin() -> Router[Worker]:
+    num_routed = 0
+
+    def choose(_: Request, workers: Sequence[Worker]) -> Worker:
+        nonlocal num_routed
+        num_routed += 1
+        return workers[(num_routed - 1) % len(workers)]
+
+    return choose
+
+
+def _least_loaded(workers: Sequence[Worker]) -> Worker:
+    return min(workers, key=lambda worker: worker.num_active)
+
+
+def _by_kv_cost(settings: RouterSettings, rng: np.random.Generator) -> Router[Worker]:
+    """The lowest cost, or with a temperature a draw by softmax over the costs, scaled to a range of 1."""
+
+    def choose(request: Request, workers: Sequence[Worker]) -> Worker:
+        costs = [_kv_cost(settings, request, worker) for worker in workers]
+        if settings.router_temperature == 0:
+            lowest = min(costs)
+            return _least_loaded([worker for worker, cost in zip(workers, costs, strict=True) if cost == lowest])
+        spread = max(costs) - min(costs)
+        scaled = (np.asarray(costs) - min(costs)) / (spread or 1.0)
+        weights = np.exp(-scaled / settings.router_temperature)
+        return workers[int(rng.choice(len(workers), p=weights / weights.sum()))]
+
+    return choose
+
+
+def _kv_cost(settings: RouterSettings, request: Request, worker: RoutedLoad) -> float:
+    """
+    Blocks to prefill, less the credit for those in the cache, plus blocks that decode.
+
+    Source: ai-dynamo 1.4.2, `dynamo.frontend --help`, router options: "adjusted prompt-side prefill load after
+    overlap ... credits are subtracted", "block-equivalent decode cost".
+    """
+    block_size = worker.drive.core.scheduler.blocks.block_size
+    prefill_blocks = (worker.active_prefill_tokens + request.isl_tokens) / block_size
+    overlap_blocks = worker.num_overlap_blocks(request)
+    adjusted = prefill_blocks - settings.router_kv_overlap_score_credit * overlap_blocks
+    return settings.router_prefill_load_scale * adjusted + worker.active_blocks
