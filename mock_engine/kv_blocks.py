@@ -45,7 +45,7 @@ class KvBlocks:
         self.num_free = num_blocks
         self._references: dict[int, int] = {}  # hash -> tables holding it, >= 1
         # Hashes held by nobody -> the release that left them so; and all releases, oldest first, each with its hashes
-        # in the order of the sequence. Those that have been claimed since are in the first no more, or with a later one.
+        # in the order of the sequence. Those claimed since then are no more in the first, or there with a later one.
         self._cached: dict[int, int] = {}
         self._releases: deque[tuple[int, list[int]]] = deque()
         self._num_releases = 0

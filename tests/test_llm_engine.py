@@ -719,7 +719,9 @@ def test_a_bug_in_the_engine_reaches_readers_as_engine_shutdown_and_cleanup_stil
         async with serving() as engine:
             stream = BridgeStream(engine, LONG, BridgeContext("r"))
             await stream.read()
-            engine._drive.core.end_step_with_tokens = lambda *_: 1 / 0  # the read that waits for this step must hear of it
+            engine._drive.core.end_step_with_tokens = lambda *_: (
+                1 / 0
+            )  # the read that waits for this step must hear of it
             with pytest.raises(EngineShutdown, match="internal error"):
                 await stream.read_all()
             with pytest.raises(EngineShutdown, match="internal error"):
