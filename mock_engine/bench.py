@@ -23,6 +23,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mock_engine.bench_prediction import predict
 from mock_engine.bench_report import print_table, write_report
 from mock_engine.bench_results import AIPERF_EXPORT, Results, read_results
 from mock_engine.errors import ConfigError, ProcessError
@@ -45,6 +46,7 @@ def bench(
     fleet = Fleet(settings, folder / "engine", is_recorded=True)
     load.check_fits(fleet.engine.scheduler.max_model_len)
     _make_folder(folder)
+    prediction = predict(settings, load)
     with fleet:
         print_plain(console, f"{fleet.model} answers at {fleet.url}: {fleet.engine.profile.name}")
         ready_unix_s = time.time()
@@ -56,7 +58,7 @@ def bench(
         shutil.rmtree(temporary, ignore_errors=True)
     if not (folder / "aiperf" / AIPERF_EXPORT).is_file():
         raise ProcessError(f"AIPerf ended with exit status {status} and without results. Its log: {folder}/aiperf/logs")
-    results = read_results(folder, fleet, ready_unix_s)
+    results = read_results(folder, fleet, prediction, ready_unix_s)
     _write_json(folder / "bench.json", results)
     if json_path is not None:
         _write_json(json_path, results)

@@ -5,6 +5,7 @@ The report of a benchmark: a table on the console, and a page with pictures.
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from mock_engine.aiperf_schema import Metric
 from mock_engine.bench_plots import plot_latency, plot_timeline
 from mock_engine.bench_results import Results
+from mock_engine.serve import print_plain
 
 _LATENCIES = {
     "time_to_first_token": "TTFT",
@@ -27,8 +29,25 @@ _RATES = {
 _SHOWN = ("p50", "p95", "p99")
 
 
-def comparison_rows(results: Results) -> list[tuple[str, float, float, float]]:
-    """(metric and statistic, AIPerf's value, the model's, relative difference) for all that both have."""
+@dataclass(frozen=True, slots=True)
+class ComparisonRow:
+    """One statistic of one metric: what AIPerf measured, what the model set, and what was predicted if anything was."""
+
+    label: str
+    measured: float
+    model: float
+    predicted: float | None
+
+    def cells(self) -> list[str]:
+        """As they are printed, differences to what AIPerf measured in percent of the others."""
+        cells = [self.label, f"{self.measured:,.2f}", f"{self.model:,.2f}", _percent(self.measured / self.model - 1)]
+        if self.predicted is not None:
+            cells += [f"{self.predicted:,.2f}", _percent(self.measured / self.predicted - 1)]
+        return cells
+
+
+def comparison_rows(results: Results) -> list[ComparisonRow]:
+    """All statistics that both AIPerf and the model have."""
     rows = []
     for names, statistics in ((_LATENCIES, _SHOWN), (_RATES, ("avg",))):
         for name, title in names.items():
@@ -36,27 +55,39 @@ def comparison_rows(results: Results) -> list[tuple[str, float, float, float]]:
             model = results.model.get(name)
             if not measured or not model:
                 continue
+            predicted = results.prediction.metrics.get(name)
             for statistic in statistics:
                 if measured.get(statistic) is None:
                     continue
                 label = f"{title} {statistic} ({measured['unit']})" if names is _LATENCIES else title
-                rows.append((label, measured[statistic], model[statistic], measured[statistic] / model[statistic] - 1))
+                rows.append(
+                    ComparisonRow(
+                        label, measured[statistic], model[statistic], predicted[statistic] if predicted else None
+                    )
+                )
     return rows
 
 
 def print_table(results: Results, console: Console) -> None:
-    """AIPerf's figures beside the model's, and who set the times."""
+    """AIPerf's figures beside the model's and the prediction's, and who set the times."""
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    table.add_column(results.facts["profile"])
-    for column in ("AIPerf", "model", "difference"):
+    table.add_column("")
+    for column in _columns(results):
         table.add_column(column, justify="right")
-    for label, measured, model, difference in comparison_rows(results):
-        table.add_row(label, f"{measured:,.2f}", f"{model:,.2f}", _percent(difference))
+    for row in comparison_rows(results):
+        table.add_row(*row.cells())
     console.print()
+    print_plain(console, results.facts["profile"])
     console.print(table)
     console.print(f"\n{results.verdict}", highlight=False)
+    if results.prediction.reason:
+        console.print(results.prediction.reason, highlight=False)
     if num_errors := _num_errors(results):
         console.print(f"[bold red]{num_errors} requests failed[/bold red]: see report.md")
+
+
+def _columns(results: Results) -> list[str]:
+    return ["AIPerf", "model", "diff.", *(["predicted", "diff."] if results.prediction.metrics else [])]
 
 
 def write_report(folder: Path, results: Results) -> None:
@@ -87,15 +118,13 @@ def _page(results: Results) -> list[str]:
         "",
         results.verdict,
         "",
-        "| | AIPerf | model | difference |",
-        "|---|--:|--:|--:|",
-        *(
-            f"| {label} | {measured:,.2f} | {model:,.2f} | {_percent(difference)} |"
-            for label, measured, model, difference in comparison_rows(results)
-        ),
+        f"| | {' | '.join(_columns(results))} |",
+        f"|---|{'--:|' * len(_columns(results))}",
+        *(f"| {' | '.join(row.cells())} |" for row in comparison_rows(results)),
         "",
         "AIPerf: what the client saw. Model: when each token was due by the profile, counted from the request's "
-        "arrival at the engine; HTTP, tokenizing and detokenizing are the difference.",
+        "arrival at the engine; HTTP, tokenizing and detokenizing are the difference. Predicted: what a simulation of "
+        "the same load said before the run.",
         "",
         "| | |",
         "|---|--:|",

@@ -3,7 +3,8 @@ What a benchmark found: AIPerf's export, and what the workers recorded meanwhile
 
 `Results.model` has the metrics that AIPerf would have measured had every token
 gone out when the model said it was due and reached the client in no time, under
-AIPerf's names and in its schema. The difference is what the host added.
+AIPerf's names and in its schema. The difference is what the host added. `Results.prediction`
+has what the same load gives in virtual time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mock_engine.aiperf_schema import FinishedRequests, FloatArray, Metric, RunTotals, request_metrics, run_metrics
+from mock_engine.bench_prediction import Prediction
 from mock_engine.fleet import Fleet
 from mock_engine.recorder import RequestRow, TimelineRow, read_requests, read_timeline
 
@@ -38,6 +40,7 @@ class Results:
     aiperf: dict[str, Any]  # AIPerf's export as it is
     records: list[dict[str, Any]]  # AIPerf's, one a request
     model: dict[str, Metric]
+    prediction: Prediction
     lateness_s: dict[str, float]  # p50, p99, max
     kv_usage: dict[str, float]  # share of blocks in use: avg, max
     preemptions: int
@@ -76,6 +79,7 @@ class Results:
         return {
             **self.aiperf,
             "model": self.model,
+            "prediction": self.prediction.metrics,
             "lateness_s": self.lateness_s,
             "kv_usage": self.kv_usage,
             "preemptions": self.preemptions,
@@ -87,7 +91,7 @@ class Results:
         }
 
 
-def read_results(folder: Path, fleet: Fleet, ready_unix_s: float) -> Results:
+def read_results(folder: Path, fleet: Fleet, prediction: Prediction, ready_unix_s: float) -> Results:
     """Results of a run that is over; only requests that came after `ready_unix_s` count."""
     workers = range(fleet.settings.num_workers)
     recorded = [row for worker in workers for row in read_requests(fleet.record_folder(worker))]
@@ -112,6 +116,7 @@ def read_results(folder: Path, fleet: Fleet, ready_unix_s: float) -> Results:
         aiperf=aiperf,
         records=_records(folder / "aiperf" / AIPERF_RECORDS),
         model=model_metrics(whole, speedup_ratio),
+        prediction=prediction,
         lateness_s={
             "p50": float(np.percentile(late_s, 50)),
             "p99": float(np.percentile(late_s, 99)),

@@ -3,6 +3,7 @@ The command line.
 
     mock-engine serve      Dynamo's frontend and N mock workers
     mock-engine bench      serve, AIPerf against it, and a report
+    mock-engine simulate   the same engine in virtual time
     mock-engine worker     one worker for a cluster that is already there
     mock-engine profiles   list, show, check
 
@@ -27,6 +28,7 @@ from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import MockEngineError, ProcessError
 from mock_engine.flags import OneLineParser, add_engine_flags, add_fleet_flags, add_load_flags, add_model_flags
 from mock_engine.fleet import FleetSettings
+from mock_engine.simulate_flags import add_simulate_flags
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
@@ -100,6 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_json_flag(bench, "write the results there too (they are in DIR/bench.json anyway)")
     bench.set_defaults(run=_bench)
 
+    simulate = commands.add_parser(
+        "simulate",
+        help="the same engine in virtual time: days of traffic in seconds",
+        epilog="One of all that ships: mock-engine simulate --isl 1024 --osl 256 --request-rate 10 --workers 2",
+    )
+    add_simulate_flags(simulate)
+    _add_json_flag(simulate, "write the results there, in AIPerf's schema")
+    simulate.set_defaults(run=_simulate)
+
     commands.add_parser("worker", help="one Dynamo worker for a cluster that is already there", add_help=False)
 
     profiles = commands.add_parser("profiles", help="the measured GPUs: list, show, check")
@@ -149,6 +160,12 @@ def _bench(flags: argparse.Namespace) -> int:
     from mock_engine.load import Load
 
     return bench(_fleet_settings(flags), Load.from_flags(flags), flags.output_dir, flags.json, Console())
+
+
+def _simulate(flags: argparse.Namespace) -> int:
+    from mock_engine.simulate_command import simulate_command
+
+    return simulate_command(flags, Console())
 
 
 def _profiles(flags: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ class ClientSettings:
     max_concurrency: int | None = None  # sessions under way at once, as AIPerf counts; None: any number
     ramp_s: float = 0.0  # over which that limit grows, from 1
     end_s: float = math.inf  # nothing is sent then or later
-    turnaround_s: float = 0.0  # from the last token of an answer until its client sends again
+    turnaround_s: float = 0.0  # mean time from the end of an answer until its client sends again
     cancelled_share: float = 0.0  # of requests whose client goes away ...
     cancel_after_s: float = 0.0  # ... so long after it has sent
 
@@ -100,7 +100,9 @@ class Clients:
         """Its client can go on."""
         self._count(-1)
         if self._settings.turnaround_s:
-            self._clock.call_at(self._clock.now + self._settings.turnaround_s, lambda _: self._go_on(job))
+            # Exponential: clients that are answered at the same moment do not all come back at the same moment.
+            turnaround_s = self._rng.exponential(self._settings.turnaround_s)
+            self._clock.call_at(self._clock.now + turnaround_s, lambda _: self._go_on(job))
         else:
             self._go_on(job)
 

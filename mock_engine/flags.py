@@ -21,8 +21,8 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag for each field of `EngineSettings`."""
+def add_engine_flags(parser: argparse.ArgumentParser, is_live: bool = True) -> None:
+    """Add one flag for each field of `EngineSettings`, less those that only an engine in real time has a use for."""
     defaults = EngineSettings()
     group = parser.add_argument_group("engine")
     group.add_argument(
@@ -43,15 +43,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             flag_of(f"enable_{name}"), action=argparse.BooleanOptionalAction, default=True, help=f"{text} (on)"
         )
+    group.add_argument("--seed", type=int, default=defaults.seed, help="seed of tokens and jitter (%(default)s)")
+    group.add_argument(
+        "--jitter", type=float, help="coefficient of variation of step times; 0: none (default: as measured)"
+    )
+    if not is_live:
+        parser.set_defaults(speedup_ratio=defaults.speedup_ratio, default_osl=defaults.default_osl)
+        return
     group.add_argument(
         "--speedup-ratio",
         type=float,
         default=defaults.speedup_ratio,
         help="model seconds per real second; 0: as fast as the host can (%(default)s)",
-    )
-    group.add_argument("--seed", type=int, default=defaults.seed, help="seed of tokens and jitter (%(default)s)")
-    group.add_argument(
-        "--jitter", type=float, help="coefficient of variation of step times; 0: none (default: as measured)"
     )
     group.add_argument(
         "--default-osl",
@@ -100,62 +103,15 @@ def add_fleet_flags(parser: argparse.ArgumentParser, default_port: int) -> None:
 def add_load_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what AIPerf sends, spelled as AIPerf spells them."""
     group = parser.add_argument_group("load")
-    _add_shared_load_flags(group, request_count="64", dataset_type="such as mooncake_trace")
-    group.add_argument("--goodput", metavar="SLOS", help="e.g. 'time_to_first_token:200 inter_token_latency:20', in ms")
+    add_shared_load_flags(group, request_count="64", dataset_type="such as mooncake_trace")
+    group.add_argument("--goodput", metavar="SLOS", help="e.g. 'time_to_first_token:200ms inter_token_latency:20ms'")
     group.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="where the report goes (bench-<date>-<time>, here)"
     )
 
 
-def add_workload_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag for each field of `Workload`, spelled as AIPerf spells them."""
-    group = parser.add_argument_group("load", "spelled as in 'aiperf profile'")
-    dataset_type = "one of mooncake_trace, inputs_json, profile_export, azure_trace and csv"
-    _add_shared_load_flags(group, request_count="1000; of a trace: all", dataset_type=dataset_type)
-    group.add_argument("--random-range-ratio", type=float, help="spread lengths evenly within this share of the mean")
-    group.add_argument(
-        "--concurrency-ramp-duration", type=float, metavar="S", help="reach the concurrency in that time"
-    )
-    group.add_argument(
-        "--arrival-pattern",
-        metavar="PATTERN",
-        help="of a request rate: constant, poisson (default) or gamma; of a concurrency: concurrency_burst",
-    )
-    group.add_argument(
-        "--arrival-smoothness", type=float, help="of gamma arrivals; below 1: in bursts, as vLLM's burstiness"
-    )
-    group.add_argument("--benchmark-duration", type=float, metavar="S", help="send no more after that time")
-    group.add_argument("--random-seed", type=int, help="seed of lengths, arrivals and waits (0)")
-
-    group = parser.add_argument_group("conversations")
-    group.add_argument("--conversation-num", type=int, help="conversations in all, instead of --request-count")
-    group.add_argument("--conversation-turn-mean", type=int, help="requests of a conversation (1)")
-    group.add_argument("--conversation-turn-stddev", type=float, help="their spread (0)")
-    group.add_argument("--conversation-turn-delay-mean", type=float, metavar="MS", help="wait before a later turn (0)")
-    group.add_argument("--conversation-turn-delay-stddev", type=float, metavar="MS", help="its spread (0)")
-    group.add_argument("--shared-system-prompt-length", type=int, help="tokens that all prompts begin with (0)")
-    group.add_argument(
-        "--num-prefix-prompts", type=int, help="prefixes, one of which each conversation begins with (0)"
-    )
-    group.add_argument("--prefix-prompt-length", type=int, help="tokens of such a prefix (0)")
-
-    group = parser.add_argument_group("trace")
-    group.add_argument("--fixed-schedule-start-offset", type=int, metavar="MS", help="leave out what is before")
-    group.add_argument("--fixed-schedule-end-offset", type=int, metavar="MS", help="leave out what is after")
-    group.add_argument("--synthesis-speedup-ratio", type=float, help="send that many times as fast (1)")
-    group.add_argument("--synthesis-max-isl", type=int, help="leave out requests with a longer input")
-    group.add_argument("--synthesis-max-osl", type=int, help="cut longer outputs to this")
-
-    group = parser.add_argument_group("cancellation")
-    group.add_argument(
-        "--request-cancellation-rate", type=float, metavar="PERCENT", help="requests that are cancelled (0)"
-    )
-    group.add_argument(
-        "--request-cancellation-delay", type=float, metavar="S", help="how long after they were sent (0)"
-    )
-
-
-def _add_shared_load_flags(group: argparse._ArgumentGroup, request_count: str, dataset_type: str) -> None:
+def add_shared_load_flags(group: argparse._ArgumentGroup, request_count: str, dataset_type: str) -> None:
+    """Add the flags that a benchmark and a simulation share; the texts say what they do without the last two."""
     group.add_argument("--isl", type=int, help="mean input tokens of a request (512)")
     group.add_argument("--osl", type=int, help="mean output tokens of a request (128)")
     group.add_argument("--isl-stddev", type=float, help="spread of the input tokens (0)")

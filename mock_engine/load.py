@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mock_engine.engine_settings import flag_of
+from mock_engine.slos import parse_slos, to_aiperf_goodput
 from mock_engine.workload import DEFAULT_CONCURRENCY, DEFAULT_ISL, DEFAULT_OSL, LoadFlags
 
 _DEFAULT_REQUEST_COUNT = 64
@@ -53,6 +54,11 @@ class Load(LoadFlags):
     goodput: str | None = None
     aiperf_flags: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        LoadFlags.__post_init__(self)  # super() does not find it in a class with slots
+        if self.goodput is not None:
+            parse_slos(self.goodput)
+
     def aiperf_command(self, model: str, url: str, artifact_folder: Path) -> list[str]:
         """`aiperf profile ...`, to be run with `aiperf_environment`; results go to `artifact_folder`."""
         aiperf = Path(sys.executable).with_name("aiperf")
@@ -63,16 +69,19 @@ class Load(LoadFlags):
         command += ["--extra-inputs", "ignore_eos:true"]
         if _WORKERS not in self.aiperf_flags and (os.cpu_count() or 1) < 2 * _MIN_WORKERS:
             command += [_WORKERS, str(_MIN_WORKERS)]
-        for name, value in self._values().items():
+        for name, value in self.values().items():
             command += [flag_of(name)] if value is True else [flag_of(name), str(value)]
         return [*command, *self.aiperf_flags]
 
-    def _values(self) -> dict[str, object]:
+    def values(self) -> dict[str, object]:
+        """Each flag that AIPerf gets, those that were not given and have a default of ours among them."""
         given: dict[str, object] = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
-            if name != "aiperf_flags" and getattr(self, name) not in (None, False)
+            if name not in ("goodput", "aiperf_flags") and getattr(self, name) not in (None, False)
         }
+        if self.goodput is not None:
+            given["goodput"] = to_aiperf_goodput(parse_slos(self.goodput))
         defaults: dict[str, object] = {}
         if self.input_file is None:
             defaults = {"isl": DEFAULT_ISL, "osl": DEFAULT_OSL, "request_count": _DEFAULT_REQUEST_COUNT}

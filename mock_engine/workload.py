@@ -85,7 +85,7 @@ class LoadFlags:
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> Self:
-        """The load in what a parser with `flags.add_load_flags`, or `add_workload_flags`, has parsed."""
+        """The load in what a parser with `flags.add_load_flags`, or `simulate_flags`, has parsed."""
         return cls(**{name: getattr(flags, name) for name in cls.__dataclass_fields__})
 
     def max_total_tokens(self) -> int:
@@ -162,6 +162,12 @@ class Workload(LoadFlags):
             raise ConfigError("--request-cancellation-delay needs --request-cancellation-rate, a percentage above 0")
 
     @property
+    def num_requests(self) -> int | None:
+        """How many requests are sent at most; None: something else ends it, such as the end of a trace."""
+        is_bounded = self.input_file or self.conversation_num or self.benchmark_duration
+        return self.request_count or (None if is_bounded else _DEFAULT_REQUEST_COUNT)
+
+    @property
     def max_concurrency(self) -> int | None:
         """How many requests may be under way at once; None: any number."""
         is_open = self.request_rate is not None or self.fixed_schedule
@@ -189,8 +195,7 @@ class Workload(LoadFlags):
             sessions = self._sent((session.turns for session in self._recorded(block_size)), for_arrivals)
         else:
             sessions = self._sent(self._made_up(block_size, for_lengths), for_arrivals)
-        is_bounded = self.input_file or self.conversation_num or self.benchmark_duration
-        requests_left = self.request_count or (sys.maxsize if is_bounded else _DEFAULT_REQUEST_COUNT)
+        requests_left = self.num_requests or sys.maxsize
         end_s = self.benchmark_duration or math.inf
         is_empty = True
         for session in islice(sessions, self.conversation_num):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from mock_engine.bench_prediction import Prediction
 from mock_engine.bench_report import comparison_rows, print_table, write_report
 from mock_engine.bench_results import Results, model_metrics
 from mock_engine.recorder import RequestRow, TimelineRow
@@ -84,6 +85,7 @@ def make_results(**changes):
         },
         records=[{"metrics": {"time_to_first_token": {"value": 300.0, "unit": "ms"}}}],
         model=model_metrics(rows, 1.0),
+        prediction=Prediction({"time_to_first_token": {"unit": "ms", "p50": 290.0, "p95": 300.0, "p99": 310.0}}),
         lateness_s={"p50": 0.0, "p99": 0.001, "max": 0.002},
         kv_usage={"avg": 0.1, "max": 0.5},
         preemptions=0,
@@ -123,8 +125,18 @@ def test_requests_of_one_token_have_no_itl():
 
 def test_the_comparison_holds_what_both_sides_have():
     rows = comparison_rows(make_results())
-    assert [row[0] for row in rows] == ["TTFT p50 (ms)", "TTFT p95 (ms)", "TTFT p99 (ms)"]
-    assert rows[0][1:] == pytest.approx((300.0, 250.0, 0.2))
+    assert [row.label for row in rows] == ["TTFT p50 (ms)", "TTFT p95 (ms)", "TTFT p99 (ms)"]
+    assert (rows[0].measured, rows[0].model, rows[0].predicted) == (300.0, pytest.approx(250.0), 290.0)
+    assert rows[0].cells() == ["TTFT p50 (ms)", "300.00", "250.00", "+20.0%", "290.00", "+3.4%"]
+
+
+def test_without_a_prediction_its_columns_are_left_out_and_the_reason_is_said(capsys):
+    results = make_results(prediction=Prediction({}, "a prediction is for --speedup-ratio 1"))
+    assert comparison_rows(results)[0].cells() == ["TTFT p50 (ms)", "300.00", "250.00", "+20.0%"]
+    print_table(results, Console())
+    printed = capsys.readouterr().out
+    assert "a prediction is for --speedup-ratio 1" in printed
+    assert "predicted" not in printed
 
 
 @pytest.mark.parametrize(

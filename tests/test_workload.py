@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from mock_engine.cli import main
 from mock_engine.errors import ConfigError
-from mock_engine.flags import OneLineParser, add_workload_flags
+from mock_engine.flags import OneLineParser
 from mock_engine.load import Load
 from mock_engine.request import Request
+from mock_engine.simulate_flags import add_workload_flags
 from mock_engine.trace_files import DATASET_TYPES
 from mock_engine.workload import Session, Turn, Workload
 

@@ -1,0 +1,136 @@
+"""
+`mock-engine simulate`: one simulation, a sweep of them, or a search for the highest rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mock_engine.errors import ConfigError
+from mock_engine.parallel import make_pool
+from mock_engine.simulate_flags import settings_from_flags, swept_flags
+from mock_engine.simulation import SimulationSettings, simulate
+from mock_engine.simulation_report import print_max_rate, print_results, print_sweep
+from mock_engine.sweep import SweepPoint, find_max_rate, pareto_front
+
+# TRACE from mock_engine.trace_events import TraceFile
+
+
+def simulate_command(flags: argparse.Namespace, console: Console) -> int:
+    """Run what the flags ask for, print it, and write the files they name. Raises `ConfigError`."""
+    if flags.plots is not None:
+        _prepare_plots(flags.plots)
+    if flags.sweep or flags.find_max:
+        for name in ("requests_out", "timeline"):
+            if getattr(flags, name) is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is about one simulation; leave out --sweep and --find-max"
+                )
+    elif flags.ray or flags.processes is not None:
+        raise ConfigError("--ray and --processes are for many simulations; add --sweep or --find-max")
+    if flags.sweep and flags.find_max:
+        raise ConfigError("--sweep and --find-max each choose what to simulate; leave one out")
+    if flags.sweep:
+        return _sweep(flags, console)
+    if flags.find_max:
+        return _find_max(flags, console)
+    return _simulate(flags, console)
+
+
+def _simulate(flags: argparse.Namespace, console: Console) -> int:
+    settings = settings_from_flags(flags)
+    start_s = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        on_progress = stack.enter_context(_progress_in_simulated_time(settings, console))
+        results = simulate(settings, flags.requests_out, on_progress=on_progress)
+    wall_s = time.perf_counter() - start_s
+    print_results(settings, results, console)
+    console.print(f"\nsimulated {results.simulated_s:,.1f} s in {wall_s:.2f} s", highlight=False)
+    _write_json(flags.json, results.to_json())
+    if flags.plots is not None:
+        from mock_engine.simulation_plots import plot_latency, plot_timeline
+
+        plot_timeline(flags.plots / "timeline.png", results)
+        plot_latency(flags.plots / "latency.png", results)
+    return 0 if results.num_finished else 1
+
+
+def _sweep(flags: argparse.Namespace, console: Console) -> int:
+    swept = [(values, settings_from_flags(changed)) for values, changed in swept_flags(flags)]
+    with make_pool(flags.processes, flags.ray) as pool, _progress(console, "simulations", len(swept)) as on_done:
+        results = pool.run([settings for _, settings in swept], on_done)
+    points = [SweepPoint(values, each) for (values, _), each in zip(swept, results, strict=True)]
+    print_sweep(points, console)
+    front = pareto_front(points)
+    _write_json(
+        flags.json,
+        {
+            "points": [{"swept": point.swept, **point.results.to_json()} for point in points],
+            "pareto": [points.index(point) for point in front],
+        },
+    )
+    if flags.plots is not None:
+        from mock_engine.simulation_plots import plot_pareto
+
+        plot_pareto(flags.plots / "pareto.png", points)
+    return 0
+
+
+def _find_max(flags: argparse.Namespace, console: Console) -> int:
+    settings = settings_from_flags(flags)
+    attainment: float = flags.slo_attainment_fraction
+    with make_pool(flags.processes, flags.ray) as pool, _progress(console, "simulations", None) as on_done:
+        found = find_max_rate(settings, attainment, pool, on_done)
+    print_max_rate(settings, found, attainment, console)
+    _write_json(flags.json, found.to_json())
+    return 0 if found.best else 1
+
+
+def _write_json(path: Path | None, values: dict[str, object]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _prepare_plots(folder: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plots needs matplotlib, which is not installed. Run: pip install 'mock-engine[bench]'")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--plots {folder}: {error.strerror}. Name a folder that can be written.") from error
+
+
+@contextlib.contextmanager
+def _progress(console: Console, unit: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(unit, total=total)
+        yield lambda: progress.advance(task)
+
+
+@contextlib.contextmanager
+def _progress_in_simulated_time(
+    settings: SimulationSettings, console: Console
+) -> Iterator[Callable[[int, float], None]]:
+    """A bar of requests that have ended, and the simulated time."""
+    columns = (
+        TextColumn("requests"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[simulated_s]:,.1f} s simulated in"),
+        TimeElapsedColumn(),
+    )
+    total = settings.workload.num_requests
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("requests", total=total, simulated_s=0.0)
+        yield lambda num_ended, now_s: progress.update(task, completed=num_ended, simulated_s=now_s)
