@@ -165,7 +165,10 @@ def _bench(flags: argparse.Namespace) -> int:
 def _simulate(flags: argparse.Namespace) -> int:
     from mock_engine.simulate_command import simulate_command
 
-    return simulate_command(flags, Console())
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # rich takes 80 for a pipe, and cuts the table of a sweep
+    return simulate_command(flags, console)
 
 
 def _profiles(flags: argparse.Namespace) -> int:

@@ -112,8 +112,11 @@ def _prepare_plots(folder: Path) -> None:
 @contextlib.contextmanager
 def _progress(console: Console, unit: str, total: int | None) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, nothing elsewhere."""
+    if not console.is_terminal:
+        yield lambda: None
+        return
     columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(unit, total=total)
         yield lambda: progress.advance(task)
 
@@ -123,6 +126,9 @@ def _progress_in_simulated_time(
     settings: SimulationSettings, console: Console
 ) -> Iterator[Callable[[int, float], None]]:
     """A bar of requests that have ended, and the simulated time."""
+    if not console.is_terminal:
+        yield lambda _num_ended, _now_s: None
+        return
     columns = (
         TextColumn("requests"),
         BarColumn(),
@@ -131,6 +137,6 @@ def _progress_in_simulated_time(
         TimeElapsedColumn(),
     )
     total = settings.workload.num_requests
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("requests", total=total, simulated_s=0.0)
         yield lambda num_ended, now_s: progress.update(task, completed=num_ended, simulated_s=now_s)

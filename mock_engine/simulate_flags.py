@@ -232,9 +232,7 @@ def _worker_groups(flags: argparse.Namespace) -> tuple[WorkerGroup, ...]:
     engine = EngineSettings.from_flags(flags)
     if flags.prefill_workers is None and flags.decode_workers is None:
         if flags.decode_profile is not None:
-            raise ConfigError(
-                "--decode-profile is for disaggregated serving; give --prefill-workers and --decode-workers"
-            )
+            raise ConfigError("--decode-profile is about disaggregated serving, which needs --decode-workers")
         more = [
             WorkerGroup(dataclasses.replace(engine, profile=profile), number) for number, profile in flags.add_workers
         ]
