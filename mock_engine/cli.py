@@ -167,7 +167,7 @@ def _simulate(flags: argparse.Namespace) -> int:
 
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # rich takes 80 for a pipe, and cuts the table of a sweep
+        console.width = max(console.width, 140)  # rich takes 80 for a pipe, and cuts the table of a sweep
     return simulate_command(flags, console)
 
 

@@ -18,7 +18,7 @@ taking and giving back cheap enough for a simulator that does little else.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 
 class BlockTable:
@@ -43,53 +43,52 @@ class KvBlocks:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.num_free = num_blocks
-        self._references: dict[int, int] = {}  # hash -> tables holding it, >= 1
-        # Hashes held by nobody -> the release that left them so; and all releases, oldest first, each with its hashes
-        # in the order of the sequence. Those claimed since then are no more in the first, or there with a later one.
-        self._cached: dict[int, int] = {}
+        # Every hash in the cache -> how many tables hold it, or, when nobody does, minus the number of the release that
+        # left it so. And all releases, oldest first, each with its hashes in the order of their sequence: those that
+        # have been claimed since then count there no more.
+        self._holders: dict[int, int] = {}
         self._releases: deque[tuple[int, list[int]]] = deque()
         self._num_releases = 0
         self._num_claimed = 0  # hashes in `_releases` that count no more
         self._num_private = 0
+        self.num_cached = 0  # blocks that nobody holds and whose content can still be reused
 
     @property
     def num_used(self) -> int:
         """Blocks held by at least one table."""
-        return len(self._references) + self._num_private
-
-    @property
-    def num_cached(self) -> int:
-        """Blocks that nobody holds and whose content can still be reused."""
-        return len(self._cached)
+        return len(self._holders) - self.num_cached + self._num_private
 
     @property
     def num_available(self) -> int:
         """Blocks that can be taken now: free ones, and cached ones by eviction."""
-        return self.num_free + len(self._cached)
+        return self.num_free + self.num_cached
 
     def num_prefix_blocks(self, hashes: Sequence[int]) -> int:
         """How many of `hashes`, from the first, are in the cache."""
         if not self.enable_prefix_caching:
             return 0
+        holders = self._holders
         for index, block_hash in enumerate(hashes):
-            if block_hash not in self._references and block_hash not in self._cached:
+            if block_hash not in holders:
                 return index
         return len(hashes)
 
     def num_unheld(self, hashes: Sequence[int]) -> int:
         """How many of `hashes`, all in the cache, would have to move from cached to used."""
-        return sum(map(self._cached.__contains__, hashes))
+        return sum(self._holders[block_hash] < 0 for block_hash in hashes)
 
     def claim_prefix(self, table: BlockTable, hashes: Sequence[int]) -> None:
         """Let `table` hold the cached blocks `hashes` (from `num_prefix_blocks`) too."""
+        holders = self._holders
         for block_hash in hashes:
-            if block_hash in self._references:
-                self._references[block_hash] += 1
+            num_holders = holders[block_hash]
+            if num_holders > 0:
+                holders[block_hash] = num_holders + 1
             else:
-                del self._cached[block_hash]
+                holders[block_hash] = 1
+                self.num_cached -= 1
                 self._num_claimed += 1
-                self._references[block_hash] = 1
-            table.hashes.append(block_hash)
+        table.hashes += hashes
 
     def grow(self, table: BlockTable, num_blocks: int) -> bool:
         """Make `table` hold `num_blocks` blocks in all. False, and nothing changes, when too few are available."""
@@ -109,7 +108,7 @@ class KvBlocks:
         """
         to_evict = num_blocks - self.num_free
         if to_evict > 0:
-            if to_evict > len(self._cached):
+            if to_evict > self.num_cached:
                 return False
             self._evict(to_evict)
         self.num_free -= num_blocks
@@ -124,28 +123,27 @@ class KvBlocks:
         """
         if not self.enable_prefix_caching:
             return
-        references, cached = self._references, self._cached
-        new = [block_hash for block_hash in hashes if block_hash not in references and block_hash not in cached]
-        fresh = dict.fromkeys(new, 1)
-        references.update(fresh)
+        holders = self._holders
+        fresh = dict.fromkeys([block_hash for block_hash in hashes if block_hash not in holders], 1)
+        holders.update(fresh)
         self._num_private -= len(fresh)
         table.num_private -= len(fresh)
         table.hashes += fresh
 
     def release(self, table: BlockTable) -> None:
         """Give back all that `table` holds. Hashed blocks stay cached, a sequence's last ones evicted first."""
-        references, hashes = self._references, table.hashes
-        shared = [block_hash for block_hash in hashes if references[block_hash] > 1]
+        holders, hashes = self._holders, table.hashes
+        shared = [block_hash for block_hash in hashes if holders[block_hash] > 1]
         if shared:
             for block_hash in shared:
-                references[block_hash] -= 1
+                holders[block_hash] -= 1
             still_held = set(shared)
             hashes = [block_hash for block_hash in hashes if block_hash not in still_held]
         if hashes:
-            _call_for_each(references.__delitem__, hashes)
             self._num_releases += 1
-            self._cached.update(dict.fromkeys(hashes, self._num_releases))
+            holders.update(dict.fromkeys(hashes, -self._num_releases))
             self._releases.append((self._num_releases, hashes))
+            self.num_cached += len(hashes)
             self._forget_claimed()
         self.num_free += table.num_private
         self._num_private -= table.num_private
@@ -154,6 +152,7 @@ class KvBlocks:
 
     def _evict(self, num_blocks: int) -> None:
         self.num_free += num_blocks
+        self.num_cached -= num_blocks
         while num_blocks:
             release, hashes = self._releases[0]
             last = hashes[-num_blocks:]
@@ -162,23 +161,18 @@ class KvBlocks:
                 self._releases.popleft()
             evicted = last
             if self._num_claimed:
-                evicted = [block_hash for block_hash in last if self._cached.get(block_hash) == release]
-            _call_for_each(self._cached.__delitem__, evicted)
-            self._num_claimed -= len(last) - len(evicted)
+                evicted = [block_hash for block_hash in last if self._holders.get(block_hash) == -release]
+                self._num_claimed -= len(last) - len(evicted)
+            deque(map(self._holders.__delitem__, evicted), maxlen=0)  # a loop, at half the cost of one in Python
             num_blocks -= len(evicted)
 
     def _forget_claimed(self) -> None:
         """Keep `_releases` from growing where blocks are claimed and released, and nothing is evicted."""
-        if self._num_claimed > len(self._cached) + 1024:
-            cached = self._cached
+        if self._num_claimed > self.num_cached + 1024:
+            holders = self._holders
             kept = (
-                (release, [block_hash for block_hash in hashes if cached.get(block_hash) == release])
+                (release, [block_hash for block_hash in hashes if holders.get(block_hash) == -release])
                 for release, hashes in self._releases
             )
             self._releases = deque((release, hashes) for release, hashes in kept if hashes)
             self._num_claimed = 0
-
-
-def _call_for_each(function: Callable[[int], object], hashes: Iterable[int]) -> None:
-    """A loop that costs half of one in Python: a simulated trace has millions of blocks."""
-    deque(map(function, hashes), maxlen=0)

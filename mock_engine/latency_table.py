@@ -61,12 +61,21 @@ class _Hull:
         self._low = _convex_chain(pairs)
         self._high = [(x, -y) for x, y in _convex_chain([(x, -y) for x, y in pairs])]
 
+        self._spans: dict[float, tuple[float, float]] = {}
+
     def holds(self, x: float, y: float) -> bool:
+        if x not in self._spans:  # looked up over and over: a simulation has few batch sizes, and millions of steps
+            self._spans[x] = self._span(x)
+        low, high = self._spans[x]
+        return low <= y <= high
+
+    def _span(self, x: float) -> tuple[float, float]:
+        """From where to where it reaches at `x`; to nowhere if not at all."""
         slack = 1e-9  # of rounding, on logarithms
         first, last = self._low[0][0], self._low[-1][0]
         if not first - slack <= x <= last + slack:
-            return False
-        return _on_chain(self._low, x) - slack <= y <= _on_chain(self._high, x) + slack
+            return math.inf, -math.inf
+        return _on_chain(self._low, x) - slack, _on_chain(self._high, x) + slack
 
 
 def _convex_chain(pairs: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -51,7 +51,7 @@ def print_sweep(points: Sequence[SweepPoint], console: Console) -> None:
     has_goodput = any("goodput" in point.results.metrics for point in points)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in points[0].swept:
-        table.add_column(name.replace("-", "\n"), justify="right")
+        table.add_column(name.replace("-", "\n"), justify="right", no_wrap=True)
     for column in (
         "tokens/s\nper GPU",
         "\nper user",

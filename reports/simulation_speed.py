@@ -5,8 +5,9 @@ How fast `mock-engine simulate` is beside Dynamo's Rust simulator (`python -m dy
 
 The same loads on both, in turns; the medians of all turns are compared. Both are started afresh for each; the whole
 process is timed, and each says itself how long the simulation took: ours from the first look at the profile to the
-last percentile, Dynamo's what its report calls wall time. Both have as many KV blocks, of the same size, and the same limits; step times differ, since each has its own
-model of them. Without `--mooncake` the rows of that trace are left out.
+last percentile, Dynamo's what its report calls wall time. Both have as many KV blocks, of the same size, and the same
+limits; step times differ, since each has its own model of them. Without `--mooncake` the rows of that trace are left
+out.
 """
 
 from __future__ import annotations
@@ -165,8 +166,8 @@ def main() -> None:
         "|---|--:|--:|--:|--:|--:|--:|---|",
         *compared,
         "",
-        f"Both engines: `{shlex.join(_SAME_ENGINE)}`, Dynamo mocker's defaults. Ours draws jitter for each step, and keeps "
-        "exact percentiles of every gap between tokens.",
+        f"Both engines: `{shlex.join(_SAME_ENGINE)}`, Dynamo mocker's defaults. Ours draws jitter for each step, and "
+        "its percentiles of the gaps between tokens are exact.",
         "",
         f"How the cost grows: `mock-engine simulate {shlex.join(_DECADE_LOAD)} --request-count N`, one run each; "
         "peak memory is that of the whole process, the interpreter and NumPy included.",
