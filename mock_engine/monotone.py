@@ -28,7 +28,7 @@ def knots_up_to(limit: float, measured: FloatArray) -> FloatArray:
     """Ascending knots from the smallest measured value (at most 1) to `limit`: the measured ones and a log grid."""
     steps = int(np.ceil(np.log2(limit) * KNOTS_PER_OCTAVE)) + 1
     grid = np.round(np.geomspace(1.0, limit, steps))
-    return np.unique(np.concatenate([grid, measured[measured <= limit]]))
+    return np.array(sorted({*grid.tolist(), *measured[measured <= limit].tolist()}))
 
 
 def in_order(points: FloatArray, values: FloatArray) -> FloatArray:

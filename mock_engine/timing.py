@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 
 from mock_engine.latency_table import LatencyTable
@@ -83,9 +84,9 @@ class StepJitter:
 
     _BLOCK = 1024
 
-    def __init__(self, cv: float, seed: int | np.random.Generator) -> None:
+    def __init__(self, cv: float, seed: int | Generator) -> None:
         self._sigma = math.sqrt(math.log1p(cv * cv))
-        self._rng = np.random.default_rng(seed)
+        self._rng = default_rng(seed)
         self._drawn = np.empty(0)
         self._next = 0  # the first of `_drawn` that is not used up
 

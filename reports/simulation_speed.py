@@ -121,7 +121,7 @@ def compare(row: Row, num_turns: int, folder: Path) -> str:
     ratio = 0.0
     for field in ("simulation_s", "process_s"):
         our_s, peer_s = (statistics.median(getattr(each, field) for each in runs) for runs in (ours, peer))
-        cells += [f"{our_s:.2f}", f"{peer_s:.2f}", f"{peer_s / our_s:.1f}x"]
+        cells += [f"{our_s:.3f}", f"{peer_s:.3f}", f"{peer_s / our_s:.2f}x"]
         ratio = ratio or peer_s / our_s
     is_met = "met" if ratio >= row.target else "missed"
     return f"| {row.name} | {' | '.join(cells)} | {row.target:g}x {is_met} |"
