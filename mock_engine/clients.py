@@ -73,6 +73,7 @@ class Clients:
         self._ready: deque[Session] = deque()  # have arrived, and wait for others to end
         self._is_closed_loop = False
         self._is_opening = False
+        self._is_stopped = False
 
     @property
     def request_seconds(self) -> float:
@@ -95,6 +96,10 @@ class Clients:
             self._clock.call_at(0.0, lambda _: self._open_sessions())
         else:
             self._expect(first, first.arrival_s)
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        self._is_stopped = True
 
     def job_ended(self, job: Job) -> None:
         """Its client can go on."""
@@ -149,7 +154,7 @@ class Clients:
 
     def _send(self, conversation: Conversation) -> None:
         now_s = self._clock.now
-        if now_s >= self._settings.end_s:
+        if self._is_stopped or now_s >= self._settings.end_s:
             return
         turn = conversation.session.turns[conversation.turn_index]
         job = Job(self.num_sent, turn.isl_tokens, turn.osl_tokens, turn.block_hashes, now_s, conversation)

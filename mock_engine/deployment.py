@@ -85,10 +85,19 @@ class DeploymentSettings:
                     raise ConfigError(f"{name} names worker {worker}; there are 0 to {self.num_workers - 1}")
                 if not 0 <= time_s < math.inf:
                     raise ConfigError(f"{name} {worker}:{time_s:g} has no time of 0 s or more")
+        for worker, lost_s in self.losses_s.items():
+            if lost_s < self.start_s(worker):
+                raise ConfigError(
+                    f"--lose-worker {worker}:{lost_s:g} is before that worker starts, at {self.start_s(worker):g} s"
+                )
 
     @property
     def num_workers(self) -> int:
         return sum(group.num_workers for group in self.groups)
+
+    def start_s(self, worker: int) -> float:
+        """When that worker begins to serve."""
+        return self.starts_s.get(worker, self.startup_time)
 
 
 class Job:
@@ -182,6 +191,7 @@ class Rank(RoutedLoad):
         self.worker = worker
         self.role = role
         self.engine = engine
+        self.observer = observer
         self.sends, self.receives = simpy.Resource(clock), simpy.Resource(clock)
         self.is_up = False
         self.num_output_tokens = 0
@@ -215,12 +225,11 @@ class Rank(RoutedLoad):
 
 
 class Pool:
-    """The ranks of one role, and the router before them. Requests wait here while no worker is up."""
+    """The ranks of one role, and the router before them."""
 
     def __init__(self, ranks: list[Rank], router: Router[Rank]) -> None:
         self.ranks = ranks
         self.up: list[Rank] = []
-        self.waiting: deque[Job] = deque()
         self.router = router
 
 
@@ -241,6 +250,7 @@ class Deployment:
         self.ranks: list[Rank] = []
         self._clock = clock
         self._on_end = on_end
+        self._waiting: deque[Job] = deque()  # while no worker is up, of either role
         rng = np.random.default_rng([settings.groups[0].engine.seed, 1])
         for group in settings.groups:
             for worker in range(len(self._workers()), len(self._workers()) + group.num_workers):
@@ -275,8 +285,7 @@ class Deployment:
         }
         self._entry = self._pools.get("agg") or self._pools["prefill"]
         for worker in self._workers():
-            start_s = settings.starts_s.get(worker, settings.startup_time)
-            clock.call_at(start_s, lambda _, worker=worker: self._start(worker))  # type: ignore[misc]
+            clock.call_at(settings.start_s(worker), lambda _, worker=worker: self._start(worker))  # type: ignore[misc]
         for worker, time_s in settings.losses_s.items():
             clock.call_at(time_s, lambda _, worker=worker: self._lose(worker))  # type: ignore[misc]
 
@@ -287,38 +296,40 @@ class Deployment:
 
     def submit(self, job: Job) -> None:
         """A client sends `job` now."""
-        self._route(self._entry, job)
+        self._route(job)
 
     def cancel(self, job: Job) -> None:
         """Its client has gone. A no-op once it has ended."""
         if job.is_cancelled or job.failure is not None or job.last_token_s is not None:
             return
         job.is_cancelled = True
-        if job.flight is not None and job.rank is not None:
-            self._note_left(job, job.flight)
-            job.num_tokens_before = job.num_output_tokens
-            job.rank.drive.cancel(job.flight)
-            job.rank.remove(job.flight)
-            job.flight = None
+        if job.flight is not None:
+            self._withdraw(job, job.flight)
         self._on_end(job)
 
     def close(self) -> None:
         """The run is over: what still waits for a worker never gets one."""
-        for pool in self._pools.values():
-            while pool.waiting:
-                self._fail(pool.waiting.popleft(), "no worker was up to take it")
+        while self._waiting:
+            job = self._waiting.popleft()
+            if not job.is_cancelled:
+                self._fail(job, "no worker was up to take it")
 
     def _workers(self) -> range:
         return range(self.ranks[-1].worker + 1 if self.ranks else 0)
 
-    def _route(self, pool: Pool, job: Job) -> None:
+    @property
+    def _is_up(self) -> bool:
+        """Whether there is a worker for each part of a request."""
+        return all(pool.up for pool in self._pools.values())
+
+    def _route(self, job: Job) -> None:
         if job.is_cancelled:
             return
-        if not pool.up:
-            pool.waiting.append(job)
+        if not self._is_up:
+            self._waiting.append(job)
             return
-        request = self._request(pool, job)
-        self._send(pool.router(request, pool.up), request, job)
+        request = self._request(self._entry, job)
+        self._send(self._entry.router(request, self._entry.up), request, job)
 
     def _request(self, pool: Pool, job: Job) -> Request:
         """What the job still needs, from a worker of this pool."""
@@ -351,6 +362,15 @@ class Deployment:
         job.flight = None
         self._on_end(job)
 
+    def _withdraw(self, job: Job, flight: Flight) -> None:
+        """Take a job off its worker before it is done. The tokens that it has got until now stay got."""
+        assert job.rank is not None
+        job.rank.drive.cancel(flight)  # which also counts the steps that are over by now
+        job.rank.remove(flight)
+        self._note_left(job, flight)
+        job.num_tokens_before = job.num_output_tokens
+        job.flight = None
+
     def _note_left(self, job: Job, flight: Flight) -> None:
         """Take down what a worker has done for a job, before it goes on or ends."""
         sequence = flight.sequence
@@ -369,6 +389,8 @@ class Deployment:
         if not pool.up:
             self._lost(job)  # nobody to take it; it starts again when somebody is
             source.drive.give_back(flight)
+            if source.observer is not None:
+                source.observer.sent(flight, self._clock.now)
             return
         request = self._request(pool, job)
         target = pool.router(request, pool.up)
@@ -380,9 +402,13 @@ class Deployment:
             yield send
             with target.receives.request() as receive:
                 yield receive
-                yield self._clock.timeout(transfer_bytes / (self.settings.kv_transfer_bandwidth * 1e9))
-        if source.is_up:
-            source.drive.give_back(flight)
+                if source.is_up and target.is_up and not job.is_cancelled:  # still, after the wait for the links
+                    if source.observer is not None:
+                        source.observer.sending(flight, self._clock.now, transfer_bytes)
+                    yield self._clock.timeout(transfer_bytes / (self.settings.kv_transfer_bandwidth * 1e9))
+        source.drive.give_back(flight)
+        if source.observer is not None:
+            source.observer.sent(flight, self._clock.now)
         if job.is_cancelled:
             return
         if source.is_up and target.is_up:
@@ -396,9 +422,8 @@ class Deployment:
                 rank.is_up = True
                 pool = self._pools[rank.role]
                 pool.up = [other for other in pool.ranks if other.is_up]
-        for pool in self._pools.values():
-            while pool.up and pool.waiting:
-                self._route(pool, pool.waiting.popleft())
+        while self._is_up and self._waiting:
+            self._route(self._waiting.popleft())
 
     def _lose(self, worker: int) -> None:
         """A worker dies: its KV cache is gone, and its requests go elsewhere or fail."""
@@ -409,13 +434,8 @@ class Deployment:
                 pool = self._pools[rank.role]
                 pool.up = [other for other in pool.ranks if other.is_up]
                 for flight in list(rank.drive.flights.values()):
-                    job: Job = flight.owner
-                    self._note_left(job, flight)
-                    job.num_tokens_before = job.num_output_tokens
-                    rank.drive.cancel(flight)
-                    rank.remove(flight)
-                    job.flight = None
-                    lost.append(job)
+                    self._withdraw(flight.owner, flight)
+                    lost.append(flight.owner)
         for job in lost:
             self._lost(job)
 
@@ -425,7 +445,7 @@ class Deployment:
             self._fail(job, "its worker was lost")
             return
         job.num_tries += 1
-        self._route(self._entry, job)
+        self._route(job)
 
     def _fail(self, job: Job, reason: str) -> None:
         job.failure = reason

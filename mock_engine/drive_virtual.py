@@ -86,16 +86,35 @@ class Listener(Protocol):
 
 
 class Observer(Protocol):
-    """Who draws a picture of a drive."""
+    """Who draws a picture of a drive. What is said of one flight comes in the order of time."""
 
-    def prefilled(self, flight: Flight, start_s: float, end_s: float, num_new: int) -> None:
-        """A chunk of `num_new` tokens was computed."""
+    def arrived(self, flight: Flight) -> None:
+        """It waits from now on."""
+
+    def prefilling(self, flight: Flight, start_s: float, num_new: int) -> None:
+        """A step begins that computes `num_new` tokens of it."""
+
+    def prefilled(self, flight: Flight, now_s: float) -> None:
+        """That step is over. Unless it made a token, there are more to come."""
 
     def preempted(self, flight: Flight, now_s: float) -> None:
         """It waits again."""
 
     def left(self, flight: Flight, now_s: float) -> None:
         """It is finished or cancelled."""
+
+    def sending(self, flight: Flight, now_s: float, num_bytes: int) -> None:
+        """It is finished, and its KV cache begins to go to another worker."""
+
+    def sent(self, flight: Flight, now_s: float) -> None:
+        """Its KV cache is no longer kept, whether it was sent or not."""
+
+    def steps_done(self, stretch: Stretch, num_blocks: int) -> None:
+        """
+        Steps in a row are over. There are `num_blocks` KV blocks in all.
+
+        A stretch of no step, with one edge, says what it is like from then on, while none is under way.
+        """
 
 
 class VirtualDrive:
@@ -130,6 +149,8 @@ class VirtualDrive:
         self.core.enqueue(sequence)
         flight = Flight(sequence, self._clock.now, owner)
         self.flights[sequence] = flight
+        if self._observer is not None:
+            self._observer.arrived(flight)
         if self._next is None:
             self._begin_soon()
         return flight
@@ -155,7 +176,14 @@ class VirtualDrive:
     def _begin_soon(self) -> None:
         self._next = self._clock.call_at(self._clock.now, self._begin, STEP_BEGINS)
 
-    def _begin(self, _: simpy.Event) -> None:
+    def _begin_next(self) -> None:
+        """A step has ended: begin the next, once all else that happens at this moment has."""
+        if self._clock.peek() > self._clock.now:  # nothing else does
+            self._begin()
+        else:
+            self._begin_soon()
+
+    def _begin(self, _: simpy.Event | None = None) -> None:
         now_s = self._start_s = self._clock.now
         if not self._is_single_stepping:
             self._run = self.core.plan_run(now_s)
@@ -168,12 +196,14 @@ class VirtualDrive:
         num_preemptions = self.core.scheduler.num_preemptions
         self._start_s = start_s
         self._step = self.core.begin_step()
-        if self._step is None:
-            self._next = None
-            return
         for index in range(self.core.scheduler.num_preemptions - num_preemptions):
             self._note_preemption(self.core.scheduler.waiting[index])
         self._used_blocks = self.core.scheduler.blocks.num_used
+        if self._observer is not None:
+            self._show_begin(self._observer)
+        if self._step is None:
+            self._next = None
+            return
         self._next = self._clock.call_at(start_s + self._step.seconds, self._end_step, STEP_ENDS)
 
     def _note_preemption(self, sequence: SequenceState) -> None:
@@ -204,14 +234,16 @@ class VirtualDrive:
             )
         )
         if self._observer is not None:
-            self._show_chunks(step.schedule.prefills, now_s)
+            self._show_end(self._observer, step.schedule.prefills)
         for sequence in progress.prefilled:
             self._note_prefilled(self.flights[sequence], now_s)
         self._finish(progress, now_s)
-        self._begin_soon()
+        self._begin_next()
 
     def _note_steps(self, stretch: Stretch) -> None:
         self._listener.steps_done(stretch)
+        if self._observer is not None:
+            self._observer.steps_done(stretch, self.core.scheduler.blocks.num_blocks)
         for flight in self._expecting_second:
             if flight.sequence.num_output_tokens > 1 and flight.second_token_s is None:  # not preempted or cancelled
                 flight.second_token_s = float(stretch.edges_s[1])
@@ -227,11 +259,19 @@ class VirtualDrive:
         assert flight.last_token_s is not None, "it was preempted"
         self._listener.gap_done(now_s - flight.last_token_s)
 
-    def _show_chunks(self, prefills: list[ScheduledPrefill], now_s: float) -> None:
-        assert self._observer is not None
-        for sequence, num_new in prefills:
+    def _show_begin(self, observer: Observer) -> None:
+        if self._step is not None:
+            for sequence, num_new in self._step.schedule.prefills:
+                observer.prefilling(self.flights[sequence], self._start_s, num_new)
+            return
+        scheduler, used_blocks = self.core.scheduler, self._used_blocks
+        idle = Stretch(np.array([self._start_s]), 0, 0, 0, len(scheduler.waiting), used_blocks, used_blocks)
+        observer.steps_done(idle, scheduler.blocks.num_blocks)
+
+    def _show_end(self, observer: Observer, prefills: list[ScheduledPrefill]) -> None:
+        for sequence, _ in prefills:
             if sequence.status is not Status.CANCELLED:
-                self._observer.prefilled(self.flights[sequence], self._start_s, now_s, num_new)
+                observer.prefilled(self.flights[sequence], self._clock.now)
 
     def _finish(self, progress: Progress, now_s: float) -> None:
         for sequence in progress.finished:
@@ -247,7 +287,7 @@ class VirtualDrive:
         assert self._run is not None
         run, self._run = self._run, None
         self._finish(self._count_run(run, run.num_steps), self._clock.now)
-        self._begin_soon()
+        self._begin_next()
 
     def _count_run(self, run: Run, num_steps: int) -> Progress:
         scheduler = self.core.scheduler
@@ -271,7 +311,7 @@ class VirtualDrive:
         """Leave it at the step that is under way now: those before are over, and it is an ordinary step."""
         assert self._run is not None
         run, self._run = self._run, None
-        num_over = int(np.searchsorted(run.edges_s, self._clock.now)) - 1
+        num_over = int(run.edges_s.searchsorted(self._clock.now)) - 1
         if num_over > 0:
             self._count_run(run, num_over)
         self._begin_step(float(run.edges_s[max(num_over, 0)]))

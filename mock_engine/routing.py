@@ -10,7 +10,7 @@ A data-parallel rank counts as a worker of its own, as it does for Dynamo's KV r
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -50,7 +50,7 @@ class RoutedLoad:
         self.num_active = 0  # requests that have not ended
         self.active_blocks = 0  # KV blocks of their prompts, shared ones counted for each
         self._prefill_tokens = 0
-        self._in_prefill: deque[tuple[Flight, int]] = deque()
+        self._in_prefill: OrderedDict[Flight, int] = OrderedDict()  # prompt tokens of each
 
     def add(self, flight: Flight) -> None:
         """A request was sent there."""
@@ -59,12 +59,13 @@ class RoutedLoad:
         self.active_blocks += self._num_blocks(request)
         self._prefill_tokens += request.isl_tokens
         self._drop_prefilled()
-        self._in_prefill.append((flight, request.isl_tokens))
+        self._in_prefill[flight] = request.isl_tokens
 
     def remove(self, flight: Flight) -> None:
         """It has ended."""
         self.num_active -= 1
         self.active_blocks -= self._num_blocks(flight.sequence.request)
+        self._prefill_tokens -= self._in_prefill.pop(flight, 0)
 
     @property
     def active_prefill_tokens(self) -> int:
@@ -80,9 +81,9 @@ class RoutedLoad:
         return self.drive.core.scheduler.blocks.num_prefix_blocks(request.block_hashes[:num_full])
 
     def _drop_prefilled(self) -> None:
-        waiting = self._in_prefill
-        while waiting and (waiting[0][0].first_token_s is not None or waiting[0][0].sequence.is_final):
-            self._prefill_tokens -= waiting.popleft()[1]
+        in_prefill = self._in_prefill
+        while in_prefill and next(iter(in_prefill)).first_token_s is not None:
+            self._prefill_tokens -= in_prefill.popitem(last=False)[1]
 
     def _num_blocks(self, request: Request) -> int:
         return -(-request.isl_tokens // self.drive.core.scheduler.blocks.block_size)
