@@ -105,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     simulate = commands.add_parser(
         "simulate",
         help="the same engine in virtual time: days of traffic in seconds",
-        epilog="One of all that ships: mock-engine simulate --isl 1024 --osl 256 --request-rate 10 --workers 2",
+        usage="mock-engine simulate [flags]",
+        epilog="For example: mock-engine simulate --isl 1024 --osl 256 --request-rate 20 --workers 2",
     )
     add_simulate_flags(simulate)
     _add_json_flag(simulate, "write the results there, in AIPerf's schema")

@@ -15,12 +15,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mock_engine.drive_virtual import Observer
 from mock_engine.errors import ConfigError
 from mock_engine.parallel import make_pool
 from mock_engine.simulate_flags import settings_from_flags, swept_flags
-from mock_engine.simulation import SimulationSettings, simulate
+from mock_engine.simulation import SimulationSettings, simulate, unobserved
 from mock_engine.simulation_report import print_max_rate, print_results, print_sweep
 from mock_engine.sweep import SweepPoint, find_max_rate, pareto_front
+from mock_engine.trace_events import TraceEvents
 
 # TRACE from mock_engine.trace_events import TraceFile
 
@@ -51,10 +53,14 @@ def _simulate(flags: argparse.Namespace, console: Console) -> int:
     start_s = time.perf_counter()
     with contextlib.ExitStack() as stack:
         on_progress = stack.enter_context(_progress_in_simulated_time(settings, console))
-        results = simulate(settings, flags.requests_out, on_progress=on_progress)
+        observer_of: Callable[[int, int], Observer | None] = unobserved
+        if flags.timeline is not None:
+            trace = stack.enter_context(contextlib.closing(TraceEvents(flags.timeline, settings.deployment)))
+            observer_of = trace.observer_of
+        results = simulate(settings, flags.requests_out, observer_of, on_progress)
     wall_s = time.perf_counter() - start_s
     print_results(settings, results, console)
-    console.print(f"\nsimulated {results.simulated_s:,.1f} s in {wall_s:.2f} s", highlight=False)
+    console.print(f"\nsimulated {results.simulated_s:,.1f} s in {wall_s:.3f} s", highlight=False)
     _write_json(flags.json, results.to_json())
     if flags.plots is not None:
         from mock_engine.simulation_plots import plot_latency, plot_timeline

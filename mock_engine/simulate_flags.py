@@ -30,6 +30,14 @@ SWEPT: dict[str, Callable[[str], object]] = {"concurrency": int, "request-rate":
 def add_simulate_flags(parser: argparse.ArgumentParser) -> None:
     """Add all of them but `--json`."""
     add_workload_flags(parser)
+    group = parser.add_argument_group("clients")
+    group.add_argument(
+        "--client-turnaround",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="mean time from the end of an answer until its client sends again (%(default)s)",
+    )
     add_simulated_deployment_flags(parser)
     add_engine_flags(parser, is_live=False)
     group = parser.add_argument_group("goals and searches")
@@ -52,13 +60,6 @@ def add_simulate_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--processes", type=int, metavar="N", help="of a sweep or search (default: one a core)")
     group.add_argument("--ray", action="store_true", help="run them on the Ray cluster that is already there instead")
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--client-turnaround",
-        type=float,
-        default=0.0,
-        metavar="MS",
-        help="from the end of an answer until its client sends again (%(default)s)",
-    )
     group.add_argument("--requests-out", type=Path, metavar="FILE", help="one JSON line a request, as AIPerf's records")
     group.add_argument("--timeline", type=Path, metavar="FILE", help="a trace for ui.perfetto.dev (.json or .json.gz)")
     group.add_argument("--plots", type=Path, metavar="DIR", help="write pictures there")
