@@ -63,9 +63,7 @@ class _LocalPool:
                 future.result()
                 on_done()
         except BrokenProcessPool as error:
-            raise ProcessError(
-                "a process of the sweep died, perhaps for want of memory. Use fewer --processes."
-            ) from error
+            raise ProcessError("a process died, perhaps for want of memory. Use fewer --processes.") from error
         return [future.result() for future in futures]
 
     def __enter__(self) -> _LocalPool:
@@ -93,7 +91,7 @@ class _RayPool:
             raise ConfigError("--ray needs Ray, which is not installed. Run: pip install ray, or leave --ray out.")
         self._ray: Any = importlib.import_module("ray")
         try:
-            self._ray.init(address="auto", log_to_driver=False)
+            self._ray.init(address="auto", log_to_driver=False, logging_level="WARNING")
         except ConnectionError:
             raise ConfigError(
                 "--ray found no Ray cluster. Start one with 'ray start --head', or leave --ray out."

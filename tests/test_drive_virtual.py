@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.virtual import drive, timed_requests
-from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, step_s, ticking_step_s
+from mock_engine.drive_virtual import VirtualClock, VirtualDrive
+from mock_engine.request import Request
+from tests.helpers.virtual import Notes, drive, timed_requests
+from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, TICK_S, make_core, step_s, ticking_step_s
 
 options = st.fixed_dictionaries(
     {
@@ -29,8 +32,31 @@ def test_jumping_over_decode_steps_gives_every_token_the_time_that_single_steps_
     assert jumping_notes.flights == single_notes.flights
     assert jumping_notes.gaps == single_notes.gaps
     assert single.num_run_steps == 0
+    for request_id, _, first_s, second_s, last_s, *_ in jumping_notes.flights:
+        token_s = jumping.token_s[request_id]
+        assert (first_s, second_s, last_s) == (token_s[0], token_s[1] if len(token_s) > 1 else None, token_s[-1])
     for name in ("num_steps", "num_preemptions", "num_prefix_hits_tokens"):
         assert getattr(jumping.scheduler, name) == getattr(single.scheduler, name)
     for core in (single, jumping):
         assert core.scheduler.blocks.num_used == 0
     assert jumping.scheduler.blocks._holders == single.scheduler.blocks._holders
+
+
+@pytest.mark.parametrize("is_answered_first", [True, False])
+def test_what_one_engine_s_last_token_sets_off_is_in_time_for_the_step_another_begins_then(is_answered_first):
+    """Both steps end at one moment, in either order; the request that the first answer leads to joins the next step."""
+    clock = VirtualClock()
+    cores = [make_core(timing=ticking_step_s) for _ in range(2)]
+    flights = []
+
+    class Chain(Notes):
+        def finished(self, _):
+            flights.append(drives[1].submit(Request("next", 4, 1)))
+
+    drives = [VirtualDrive(clock, cores[0], Chain()), VirtualDrive(clock, cores[1], Notes())]
+    for index in (0, 1) if is_answered_first else (1, 0):
+        drives[index].submit(Request("first" if index == 0 else "long", 4, 1 if index == 0 else 3))
+    clock.run()
+    (flight,) = flights
+    assert flight.arrival_s == 2 * TICK_S  # a prefill takes two ticks
+    assert flight.first_token_s == 4 * TICK_S

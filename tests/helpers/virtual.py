@@ -99,16 +99,18 @@ def drive(workload, is_single_stepping, jitter, **options):
     clock, notes = VirtualClock(), Notes()
     virtual = VirtualDrive(clock, core, notes, is_single_stepping=is_single_stepping)
 
-    def submit(timed):
-        def at_arrival(_):
-            flight = virtual.submit(timed.request)
-            if timed.cancel_s is not None:
-                clock.call_at(timed.cancel_s, lambda _: virtual.cancel(flight))
+    pending = sorted(workload, key=lambda timed: timed.arrival_s)
 
-        return at_arrival
+    def arrive(_):
+        """As in `Clients`, each arrival is an event only once the one before has happened."""
+        timed = pending.pop(0)
+        flight = virtual.submit(timed.request)
+        if timed.cancel_s is not None:
+            clock.call_at(timed.cancel_s, lambda _: virtual.cancel(flight))
+        if pending:
+            clock.call_at(pending[0].arrival_s, arrive)
 
-    for timed in workload:
-        clock.call_at(timed.arrival_s, submit(timed))
+    clock.call_at(pending[0].arrival_s, arrive)
     clock.run()
     assert not virtual.flights
     return core, notes
