@@ -106,7 +106,9 @@ def drive(workload, is_single_stepping, jitter, **options):
         timed = pending.pop(0)
         flight = virtual.submit(timed.request)
         if timed.cancel_s is not None:
-            clock.call_at(timed.cancel_s, lambda _: virtual.cancel(flight))
+            # Decided half way there: an event that is older than a step's end, and younger than a run's.
+            half_way_s = (timed.arrival_s + timed.cancel_s) / 2
+            clock.call_at(half_way_s, lambda _: clock.call_at(timed.cancel_s, lambda _: virtual.cancel(flight)))
         if pending:
             clock.call_at(pending[0].arrival_s, arrive)
 
