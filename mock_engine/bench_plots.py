@@ -11,12 +11,13 @@ import matplotlib
 import numpy as np
 
 from mock_engine.bench_results import Results
+from mock_engine.plot_style import BLUE, DPI, ORANGE, SAND, legend_above, plain
 from mock_engine.recorder import TimelineRow
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-_MEASURED, _MODEL, _CACHED, _GREY = "#3465a4", "#d9822b", "#e9d8a6", "#888888"
+_MEASURED, _MODEL, _CACHED = BLUE, ORANGE, SAND
 
 
 def plot_latency(path: Path, results: Results) -> None:
@@ -37,10 +38,10 @@ def plot_latency(path: Path, results: Results) -> None:
             if values_ms:
                 panel.ecdf(values_ms, color=colour, label=label)
         panel.set(title=title, xlabel="ms", ylabel="share of requests", ylim=(0, 1))
-        _plain(panel)
+        plain(panel)
         panel.legend(frameon=False, loc="upper left")
     panels[0].set_xlim(left=0)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
 
 
@@ -63,10 +64,10 @@ def plot_timeline(path: Path, results: Results) -> None:
     tokens.set_title("Output tokens a second", loc="left")
     tokens.set(xlabel="seconds", ylim=(0, None))
     for panel in (requests, blocks, tokens):
-        _plain(panel)
+        plain(panel)
     for panel in (requests, blocks):
-        panel.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
-    figure.savefig(path, dpi=110)
+        legend_above(panel)
+    figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
 
 
@@ -95,8 +96,3 @@ def _together(results: Results) -> tuple[Any, dict[str, Any]]:
 
 def _last_busy_s(timeline: list[TimelineRow]) -> float:
     return max((row.unix_s for row in timeline if row.num_running or row.num_waiting), default=timeline[0].unix_s)
-
-
-def _plain(panel: Any) -> None:
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", color=_GREY, alpha=0.2)

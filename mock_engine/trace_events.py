@@ -79,7 +79,7 @@ class _Lane:
         self.since_us = now_us
         self.args = ""
         self.is_running = False
-        self.num_tokens = 0  # output tokens when the last wait or decode began
+        self.num_tokens = 0  # output tokens when it last began to decode
 
 
 class _EngineTrace:
@@ -125,9 +125,8 @@ class _EngineTrace:
 
     def prefilled(self, flight: Flight, now_s: float) -> None:
         lane = self._lanes[flight]
-        num_tokens = flight.sequence.num_output_tokens
-        has_token, lane.num_tokens = num_tokens > lane.num_tokens, num_tokens
-        self._begin(lane, self._file.moment(now_s), "decode" if has_token else "queue")
+        lane.num_tokens = flight.sequence.num_output_tokens
+        self._begin(lane, self._file.moment(now_s), "decode")  # or the next chunk, which begins at the same moment
 
     def preempted(self, flight: Flight, now_s: float) -> None:
         now_us = self._file.moment(now_s)
@@ -183,10 +182,8 @@ class _EngineTrace:
         self._events.append(both)
 
     def _end_decode(self, flight: Flight, lane: _Lane) -> None:
-        num_tokens = flight.sequence.num_output_tokens
         if lane.phase == "decode":
-            lane.args = f'{{"tokens":{num_tokens - lane.num_tokens}}}'
-        lane.num_tokens = num_tokens
+            lane.args = f'{{"tokens":{flight.sequence.num_output_tokens - lane.num_tokens}}}'
 
     def _end(self, flight: Flight, lane: _Lane, now_us: int) -> None:
         """The request is over, here at least, and its lane is free."""
@@ -259,7 +256,7 @@ class _EventFile:
             gzip = zlib.compressobj(wbits=31)  # with a header that holds neither name nor time
             self._pack, self._pack_rest = gzip.compress, gzip.flush
         try:
-            self._file = path.open("wb")
+            self._file = path.open("wb", buffering=0)
         except OSError as error:
             raise self._cannot_write(error) from error
         self._write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
@@ -278,13 +275,11 @@ class _EventFile:
 
     def close(self) -> None:
         """Write the rest, and close."""
-        try:
-            with self._file:
-                self._write_events()
-                self._write(b"\n]}\n")
-                self._file.write(self._pack_rest())
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        self._write_events()
+        self._write(b"\n]}\n")
+        self._pack = lambda _: self._pack_rest()
+        self._write(b"")
+        self._file.close()
 
     def _write_events(self) -> None:
         if self.events:
@@ -298,6 +293,7 @@ class _EventFile:
             del self.events[:]
             self._file.writelines(packed)
         except OSError as error:
+            self._file.close()
             raise self._cannot_write(error) from error
 
     def _cannot_write(self, error: OSError) -> ConfigError:

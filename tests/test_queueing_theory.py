@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from mock_engine.clients import ClientSettings
 from mock_engine.engine_settings import EngineSettings
-from mock_engine.routing import RouterSettings
+from mock_engine.routing import ROUTER_MODES, RouterSettings
 from mock_engine.simulation import SimulationSettings
 from mock_engine.workload import Workload
 from tests.helpers.deployments import (
@@ -53,7 +54,7 @@ def check_mean(values, expected: float, precision: float) -> None:
     The mean is as expected, to 4 standard errors, and the run is long enough to tell: one is less than `precision` of
     it. Consecutive waits are not independent; means of long batches nearly are.
 
-    Source: A. M. Law, Simulation Modeling and Analysis, 5th edition (2015), 9.5.3, batch means.
+    Source: A. M. Law, Simulation Modeling and Analysis, 5th edition (2015), on batch means.
     """
     num = len(values) // NUM_BATCHES
     means = np.asarray(values[: num * NUM_BATCHES]).reshape(NUM_BATCHES, num).mean(axis=1)
@@ -73,11 +74,11 @@ def mdc_chain(rate: float, service_s: float, num_servers: int) -> np.ndarray:
     How likely there are 0, 1, 2... requests in M/D/c.
 
     One service time later, all that are now in service have left, and nobody who was not: N becomes
-    max(N - c, 0) plus a Poisson number of arrivals. Source: C. D. Crommelin, Delay probability formulae
-    when the holding times are constant, P.O.E.E. Journal 25 (1932). Solved numerically, cut off far out in the tail.
+    max(N - c, 0) plus a Poisson number of arrivals. Source: C. D. Crommelin, Delay probability formulas when the
+    holding times are constant, P.O. Electr. Engr. J. 25 (1932). Solved numerically, cut off far out in the tail.
     """
     mean = rate * service_s
-    size = 40 * num_servers + 200
+    size = 20 * num_servers + 150
     arrivals = np.exp([k * math.log(mean) - mean - math.lgamma(k + 1) for k in range(size)])
     chain = np.zeros((size, size))
     for number in range(size):
@@ -90,16 +91,16 @@ def mdc_chain(rate: float, service_s: float, num_servers: int) -> np.ndarray:
 
 def test_the_chain_with_one_server_gives_the_formula_of_one_server():
     for load in (0.3, 0.6, 0.9):
-        in_queue = np.maximum(np.arange(240) - 1, 0) @ mdc_chain(load, 1.0, 1)
+        in_queue = np.maximum(np.arange(170) - 1, 0) @ mdc_chain(load, 1.0, 1)
         assert in_queue / load == pytest.approx(md1_wait_s(load, 1.0), rel=1e-6)
 
 
-@pytest.mark.parametrize(("load", "num_requests"), [(0.3, 30_000), (0.6, 30_000), (0.85, 60_000)])
+@pytest.mark.parametrize(("load", "num_requests"), [(0.3, 12_000), (0.6, 15_000), (0.85, 45_000)])
 def test_one_request_at_a_time_waits_as_in_an_m_d_1_queue(load, num_requests):
     rate = load / SERVICE_S
     watched = watch(SimulationSettings(aggregated(1, ONE_AT_A_TIME), one_token_each(num_requests, rate)))
     waits_s = [wait_s(job) for job in watched.jobs]
-    check_mean(waits_s, md1_wait_s(rate, SERVICE_S), 0.04)
+    check_mean(waits_s, md1_wait_s(rate, SERVICE_S), 0.05)
     ttft_ms = watched.results.metrics["time_to_first_token"]["avg"]
     assert ttft_ms == pytest.approx((np.mean(waits_s) + SERVICE_S) * 1e3, abs=1e-6)  # whole nanoseconds
     assert watched.results.usage.avg_num_running == pytest.approx(load, rel=0.03)
@@ -107,7 +108,7 @@ def test_one_request_at_a_time_waits_as_in_an_m_d_1_queue(load, num_requests):
 
 
 @pytest.mark.parametrize(
-    ("num_servers", "load", "num_requests"), [(2, 0.8, 30_000), (4, 0.7, 20_000), (8, 0.9, 60_000)]
+    ("num_servers", "load", "num_requests"), [(2, 0.8, 15_000), (4, 0.7, 15_000), (8, 0.85, 20_000)]
 )
 def test_behind_one_limit_all_workers_together_are_an_m_d_c_queue(num_servers, load, num_requests):
     """As many requests under way as there are workers, each for the least loaded: that is, for one that is idle."""
@@ -118,7 +119,7 @@ def test_behind_one_limit_all_workers_together_are_an_m_d_c_queue(num_servers, l
     waits_s = [wait_s(job) for job in watched.jobs]
     probabilities = mdc_chain(rate, SERVICE_S, num_servers)
     numbers = np.arange(len(probabilities))
-    check_mean(waits_s, np.maximum(numbers - num_servers, 0) @ probabilities / rate, 0.06)
+    check_mean(waits_s, np.maximum(numbers - num_servers, 0) @ probabilities / rate, 0.1)
     has_waited = [float(each > 1e-9) for each in waits_s]
     check_mean(has_waited, probabilities[num_servers:].sum(), 0.04)
 
@@ -127,38 +128,40 @@ def test_at_random_each_worker_is_an_m_d_1_queue_of_its_share():
     """A Poisson stream that is split at random is as many Poisson streams."""
     rate = 4 * 0.7 / SERVICE_S
     deployment = aggregated(4, ONE_AT_A_TIME, router=RouterSettings("random"))
-    watched = watch(SimulationSettings(deployment, one_token_each(40_000, rate)))
-    check_mean([wait_s(job) for job in watched.jobs], md1_wait_s(rate / 4, SERVICE_S), 0.04)
+    watched = watch(SimulationSettings(deployment, one_token_each(20_000, rate)))
+    check_mean([wait_s(job) for job in watched.jobs], md1_wait_s(rate / 4, SERVICE_S), 0.05)
 
 
 def test_requests_of_many_lengths_wait_as_in_an_m_g_1_queue():
-    """Pollaczek-Khinchine: rate * E[S^2] / (2 (1 - load)); lengths are uniform from 256 to 768 tokens."""
-    services_s = np.array([prefill_s(isl) for isl in range(256, 769)])
+    """Pollaczek-Khinchine: rate * E[S^2] / (2 (1 - load)); lengths are normal, rounded up."""
+    isls, normal = range(1, 1025), NormalDist(ISL, 128)
+    shares = np.array([normal.cdf(isl) - normal.cdf(isl - 1) for isl in isls])
+    services_s = np.array([prefill_s(isl) for isl in isls])
     load = 0.7
-    rate = load / services_s.mean()
-    workload = replace(one_token_each(40_000, rate), random_range_ratio=0.5)
+    rate = load / (shares @ services_s)
+    workload = replace(one_token_each(30_000, rate), isl_stddev=128.0)
     watched = watch(SimulationSettings(aggregated(1, ONE_AT_A_TIME), workload))
-    waits_s = [job.first_token_s - job.sent_s - services_s[job.isl_tokens - 256] for job in watched.jobs]
-    check_mean(waits_s, rate * (services_s**2).mean() / (2 * (1 - load)), 0.04)
+    waits_s = [job.first_token_s - job.sent_s - prefill_s(job.isl_tokens) for job in watched.jobs]
+    check_mean(waits_s, rate * (shares @ services_s**2) / (2 * (1 - load)), 0.05)
 
 
 def test_the_more_a_router_knows_the_less_requests_wait():
-    """One queue before all workers is best; then the least loaded of all, of two, taking turns, and any at random."""
+    """
+    One queue before all workers is best, then the least loaded of all, of two, and any at random.
+
+    Taking turns is as good as one queue where each service takes the same: workers are free again in the order in
+    which they began.
+    """
     rate = 8 * 0.9 / SERVICE_S
-    mean_s = {}
-    for mode, concurrency in {
-        "one queue": 8,
-        "least-loaded": None,
-        "power-of-two": None,
-        "random": None,
-        "round-robin": None,
-    }.items():
+    waits_s = {}
+    for mode, concurrency in (("one queue", 8), *((mode, None) for mode in ROUTER_MODES if mode != "kv")):
         router = RouterSettings("least-loaded" if concurrency else mode)
-        workload = one_token_each(12_000, rate, concurrency=concurrency)
+        workload = one_token_each(8000, rate, concurrency=concurrency)
         watched = watch(SimulationSettings(aggregated(8, ONE_AT_A_TIME, router=router), workload))
-        mean_s[mode] = np.mean([wait_s(job) for job in watched.jobs])
+        waits_s[mode] = np.array([wait_s(job) for job in watched.jobs])
+    assert waits_s["round-robin"] == pytest.approx(waits_s["one queue"], abs=1e-9)
+    mean_s = {mode: each.mean() for mode, each in waits_s.items()}
     assert mean_s["one queue"] < mean_s["least-loaded"] < mean_s["power-of-two"] < mean_s["random"] / 2
-    assert mean_s["least-loaded"] < mean_s["round-robin"] < mean_s["random"] / 2
 
 
 gaps_s = st.lists(st.floats(0, 3 * SERVICE_S), min_size=1, max_size=40)
@@ -225,9 +228,9 @@ def test_clients_that_pause_obey_the_interactive_response_time_law(num_clients):
     """
     Clients = throughput * (latency + pause), and one server gives no more than one answer a service time.
 
-    Source: E. D. Lazowska et al., Quantitative System Performance (1984), 3.3.4 and 5.2.
+    Source: E. D. Lazowska et al., Quantitative System Performance (1984), chapters 3 and 5.
     """
-    num_requests, pause_s = 10_000, 4 * SERVICE_S
+    num_requests, pause_s = 5000, 4 * SERVICE_S
     workload = Workload(isl=ISL, osl=1, concurrency=num_clients, request_count=num_requests)
     watched = watch(SimulationSettings(aggregated(1, ONE_AT_A_TIME), workload, client_turnaround_s=pause_s))
     throughput = num_requests / watched.results.simulated_s

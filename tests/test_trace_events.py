@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
+import os
 import tempfile
 import tracemalloc
 from collections import Counter, defaultdict
@@ -11,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +22,7 @@ from simpy.core import EmptySchedule
 
 from mock_engine.core import Core
 from mock_engine.deployment import DeploymentSettings, WorkerGroup
-from mock_engine.drive_virtual import Flight, VirtualClock, VirtualDrive
+from mock_engine.drive_virtual import Flight, Stretch, VirtualClock, VirtualDrive
 from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import ConfigError
 from mock_engine.request import Request
@@ -269,6 +273,17 @@ def test_jumping_over_decode_steps_draws_what_single_steps_draw(path, workload, 
     assert without_kv[0] == without_kv[1]
 
 
+def test_a_kv_cache_that_grows_while_all_decode_is_drawn_step_by_step(tmp_path):
+    trace = TraceEvents(tmp_path / "t.json", ONE_WORKER)
+    observer = trace.observer_of(0, 0)
+    observer.steps_done(Stretch(np.arange(7) / 2, 2, 0, 2, 0, 10, 15), 40)  # six steps of half a second
+    observer.steps_done(Stretch(np.array([3.0, 3.5]), 2, 0, 2, 0, 15, 15), 40)
+    observer.steps_done(Stretch(np.array([3.5]), 0, 0, 0, 0, 0, 0), 40)
+    trace.close()
+    used = [(at / 1e6, values["used %"]) for at, values in read(tmp_path / "t.json").counters[1, "KV blocks"]]
+    assert used == [(0, 25.0), (0.5, 27.5), (1, 30.0), (1.5, 32.5), (2, 35.0), (2.5, 37.5), (3.5, 0.0)]
+
+
 @given(workload=timed_requests(), options=options, num_events=st.integers(0, 150))
 @settings(max_examples=100, deadline=None)
 def test_a_run_that_is_cut_short_leaves_a_whole_file(path, workload, options, num_events):
@@ -286,6 +301,7 @@ def trace_of(path, deployment, **load):
     trace = TraceEvents(path, deployment)
     try:
         results = simulate(SimulationSettings(deployment, Workload(**load)), observer_of=trace.observer_of)
+        assert not any(engine._lanes for engine in trace._engines), "nothing is left to be ended by close"
     finally:
         trace.close()
     return results, read(path)
@@ -417,11 +433,34 @@ def test_a_file_that_cannot_be_written_is_said_at_once(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
-@pytest.mark.parametrize("num_engines", [1, 200])
-def test_a_full_disk_is_one_error(num_engines):
-    trace = TraceEvents(Path("/dev/full"), ONE_WORKER)
+def test_a_disk_that_is_full_is_said_at_once():
+    with pytest.raises(ConfigError, match=r"cannot write the timeline to /dev/full: No space left.*Name another file"):
+        TraceEvents(Path("/dev/full"), ONE_WORKER)
+
+
+@pytest.mark.parametrize("num_engines", [1, 600])
+def test_a_disk_that_becomes_full_is_one_error(tmp_path, monkeypatch, num_engines):
+    trace = TraceEvents(tmp_path / "t.json", ONE_WORKER)
+    full = FullDisk()
+    trace._file._file.close()
+    monkeypatch.setattr(trace._file, "_file", full)
     for _ in range(num_engines):
-        trace.observer_of(0, 0)
-    with pytest.raises(ConfigError, match=r"cannot write the timeline to /dev/full: No space left"):
-        trace.close()
+        observer = trace.observer_of(0, 0)
+    with pytest.raises(ConfigError, match=r"cannot write the timeline to .*t.json: No space left.*Name another file"):
+        end(observer, trace)
+    assert full.closed
     trace.close()
+
+
+def end(observer, trace):
+    """What may be the first to write: the next event, or the end."""
+    observer.steps_done(Stretch(np.array([0.0, 1.0]), 1, 0, 1, 0, 1, 1), 10)
+    trace.close()
+
+
+class FullDisk(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
