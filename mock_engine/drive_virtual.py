@@ -67,7 +67,7 @@ class Stretch(NamedTuple):
     num_decoding: int  # sequences that got a token at the end of each step, after one at its begin
     num_prefilled: int  # sequences that got one at the end of the last step, and had none at its begin
     num_running: int
-    num_waiting: int
+    num_waiting: float  # mean over the time from the first edge to the last
     start_blocks: int  # KV blocks in use, in the first step
     end_blocks: int  # ... and in the last
 
@@ -138,6 +138,8 @@ class VirtualDrive:
         self._step: Step | None = None
         self._start_s = 0.0  # of the step or run under way
         self._used_blocks = 0  # in the step under way
+        self._waiting_s = 0.0  # of all that waited since the step or run began, together...
+        self._waiting_until_s = 0.0  # ...up to here
         self._next: simpy.Event | None = None  # the end of the step or run, or the begin of one; None when idle
         self._expecting_second: list[Flight] = []  # their first token came out at the last step's end
 
@@ -146,6 +148,7 @@ class VirtualDrive:
         sequence = self.core.prepare(request)
         if self._run is not None and self.core.scheduler.has_room:
             self._cut_run()
+        self._count_waiting(self._clock.now)
         self.core.enqueue(sequence)
         flight = Flight(sequence, self._clock.now, owner)
         self.flights[sequence] = flight
@@ -161,6 +164,7 @@ class VirtualDrive:
             return
         if self._run is not None:
             self._cut_run()
+        self._count_waiting(self._clock.now)
         self.core.cancel(flight.sequence)
         if self._observer is not None:
             self._observer.left(flight, self._clock.now)
@@ -185,6 +189,7 @@ class VirtualDrive:
 
     def _begin(self, _: simpy.Event | None = None) -> None:
         now_s = self._start_s = self._clock.now
+        self._count_waiting(now_s)
         if not self._is_single_stepping:
             self._run = self.core.plan_run(now_s)
             if self._run is not None:
@@ -228,7 +233,7 @@ class VirtualDrive:
                 num_decoding,
                 len(progress.prefilled),
                 num_running,
-                len(scheduler.waiting),
+                self._mean_waiting(now_s),
                 self._used_blocks,
                 self._used_blocks,
             )
@@ -239,6 +244,18 @@ class VirtualDrive:
             self._note_prefilled(self.flights[sequence], now_s)
         self._finish(progress, now_s)
         self._begin_next()
+
+    def _count_waiting(self, now_s: float) -> None:
+        """Whoever joins or leaves the queue says so first."""
+        if now_s > self._waiting_until_s:
+            self._waiting_s += len(self.core.scheduler.waiting) * (now_s - self._waiting_until_s)
+            self._waiting_until_s = now_s
+
+    def _mean_waiting(self, end_s: float) -> float:
+        """How many waited while the steps ran that end now."""
+        self._count_waiting(end_s)
+        mean, self._waiting_s = self._waiting_s / (end_s - self._start_s), 0.0
+        return mean
 
     def _note_steps(self, stretch: Stretch) -> None:
         self._listener.steps_done(stretch)
@@ -300,7 +317,7 @@ class VirtualDrive:
                 num_decoding,
                 0,
                 num_decoding,
-                len(scheduler.waiting),
+                self._mean_waiting(float(run.edges_s[num_steps])),
                 used_blocks,
                 used_blocks + grown_blocks,
             )

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from mock_engine.aiperf_schema import PERCENTILES, FloatArray, Metric
 from mock_engine.plot_style import BLUE, DPI, GREY, ORANGE, legend_above, plain
 from mock_engine.simulation import SimulationResults
-from mock_engine.sweep import SweepPoint
+from mock_engine.sweep import SweepPoint, front
 
 _LATENCIES = {
     "time_to_first_token": "Time to first token",
@@ -72,10 +72,10 @@ def plot_latency(path: Path, results: SimulationResults) -> None:
         times_ms = [metric["min"], *(metric[f"p{percent}"] for percent in PERCENTILES), metric["max"]]
         shares = [0.0, *(percent / 100 for percent in PERCENTILES), 1.0]
         panel.plot(times_ms, shares, color=BLUE, marker="o", markersize=3)
-        panel.set(title=title, xlabel="ms", ylabel="share of requests", ylim=(0, 1.02))
+        panel.set_title(f"{title}\n{_percentile_text(metric)}", loc="left", fontsize="medium")
+        panel.set(xlabel="ms", ylabel="share of requests", ylim=(0, 1.02))
         _scale_x(panel, times_ms)
         plain(panel)
-        panel.text(0.97, 0.06, _percentile_text(metric), transform=panel.transAxes, ha="right", family="monospace")
     figure.savefig(path, dpi=DPI)
 
 
@@ -111,18 +111,6 @@ def _coarser(rates: FloatArray, edges_s: FloatArray) -> tuple[FloatArray, FloatA
     return np.add.reduceat(rates * np.diff(edges_s), starts) / np.diff(coarse_s), coarse_s
 
 
-def front(places: Sequence[tuple[float, float]]) -> list[int]:
-    """Those places than which no other is higher in one figure and not lower in the other, in order of the first."""
-    on_front: list[int] = []
-    best = -np.inf
-    for index in sorted(range(len(places)), key=lambda index: places[index], reverse=True):
-        x, y = places[index]
-        if y > best or (on_front and places[on_front[-1]] == (x, y)):
-            on_front.append(index)
-            best = y
-    return on_front[::-1]
-
-
 @dataclass(frozen=True, slots=True)
 class _View:
     """One panel of `plot_pareto`: what it has from left to right."""
@@ -130,17 +118,18 @@ class _View:
     title: str
     x_of: Callable[[SweepPoint], float]
     is_larger_better: bool
-
-
-_VIEWS = (
-    _View("tokens/s that one user sees", lambda point: point.tokens_per_user_s, True),
-    _View("time to first token p95, ms", lambda point: _ttft_ms(point), False),
-)
+    beside: tuple[float, float]  # where the number of a point goes: off the line, which falls or rises
 
 
 def _ttft_ms(point: SweepPoint) -> float:
     p95: float = point.results.metrics["time_to_first_token"]["p95"]
     return p95
+
+
+_VIEWS = (
+    _View("tokens/s that one user sees", lambda point: point.tokens_per_user_s, True, (5, 4)),
+    _View("time to first token p95, ms", _ttft_ms, False, (6, -10)),
+)
 
 
 def _draw_points(panel: Any, view: _View, points: list[SweepPoint], swept: str | None) -> None:
@@ -163,8 +152,8 @@ def _draw_points(panel: Any, view: _View, points: list[SweepPoint], swept: str |
         panel.scatter(*centres, s=16, color="white", zorder=3)
     if swept is not None:
         for index in (*on_front, *hollow):
-            text, look = f"{points[index].swept[swept]:g}", {"fontsize": "small", "color": colour_of[index]}
-            panel.annotate(text, places[index], (5, 4), textcoords="offset points", **look)
+            text, look = _thousands(points[index].swept[swept]), {"fontsize": "small", "color": colour_of[index]}
+            panel.annotate(text, places[index], view.beside, textcoords="offset points", **look)
     panel.margins(x=0.08)
     panel.set(xlabel=view.title)
     _scale_x(panel, [x for x, _ in places])
@@ -187,12 +176,12 @@ def _others(point: SweepPoint, swept: str | None) -> str:
 
 
 def _hide_overlapping(panel: Any) -> None:
-    """Of numbers that cover each other, the first stays; those that cover a point go too."""
+    """Of numbers that cover each other, the first stays; those that cover a point, or the axis, go too."""
     points = panel.transData.transform([text.xy for text in panel.texts])
     shown: list[Any] = []
     for text in panel.texts:
         box = text.get_window_extent()
-        if any(box.overlaps(other) for other in shown) or box.count_contains(points):
+        if any(box.overlaps(other) for other in shown) or box.count_contains(points) or box.y0 < panel.bbox.y0:
             text.set_visible(False)
         else:
             shown.append(box)
@@ -202,19 +191,19 @@ def _scale_x(panel: Any, values: Sequence[float]) -> None:
     """From zero, or on a logarithmic scale where values are far apart; numbers are written out."""
     if 0 < min(values) < max(values) / _WIDE:
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1e3 * min(values) else (1,)))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 200 * min(values) else (1,)))
         panel.xaxis.set_minor_formatter(NullFormatter())
     else:
         panel.set_xlim(0, 1.1 * max(values) or 1.0)
     panel.xaxis.set_major_formatter(FuncFormatter(_thousands))
 
 
-def _thousands(value: float, _: object) -> str:
+def _thousands(value: Any, _: object = None) -> str:
     return f"{value:,.10g}"
 
 
 def _percentile_text(metric: Metric) -> str:
-    return "\n".join(f"{name} {metric[name]:>9,.1f} ms" for name in ("p50", "p95", "p99"))
+    return ", ".join(f"{name} {metric[name]:,.1f}" for name in ("p50", "p95", "p99")) + " ms"
 
 
 def _write_words(path: Path, words: str) -> None:

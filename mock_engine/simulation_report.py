@@ -67,7 +67,7 @@ def print_sweep(points: Sequence[SweepPoint], console: Console) -> None:
     table.add_column("Pareto\nfront", justify="center")
     for point in points:
         metrics = point.results.metrics
-        if not metrics:
+        if not point.has_answers:
             table.add_row(*map(str, point.swept.values()), "no request was answered")
             continue
         cells = [*map(str, point.swept.values()), f"{point.tokens_per_gpu_s:,.0f}", f"{point.tokens_per_user_s:,.1f}"]
@@ -127,7 +127,7 @@ def _figures(results: SimulationResults) -> dict[str, str]:
     counts += [f"{results.num_cancelled:,} cancelled"] if results.num_cancelled else []
     counts += [f"{results.num_failed:,} failed"] if results.num_failed else []
     figures = {"Requests": ", ".join(counts)}
-    if metrics:
+    if results.num_finished:
         figures["Requests a second"] = f"{metrics['request_throughput']['avg']:,.2f}"
         figures["Output tokens a second"] = f"{metrics['output_token_throughput']['avg']:,.0f}"
     if "goodput" in metrics:

@@ -5,7 +5,8 @@ Many simulations of one question: the points of a sweep, or the highest rate tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,11 @@ class SweepPoint:
         return ", ".join(f"{name}={value}" for name, value in self.swept.items())
 
     @property
+    def has_answers(self) -> bool:
+        """Whether any request was answered to its end."""
+        return self.results.num_finished > 0
+
+    @property
     def tokens_per_gpu_s(self) -> float:
         """Output tokens a second for each GPU: what it costs."""
         throughput: float = self.results.metrics["output_token_throughput"]["avg"]
@@ -44,16 +50,23 @@ class SweepPoint:
         return per_user["avg"] if per_user else 0.0
 
 
-def pareto_front(points: Iterable[SweepPoint]) -> list[SweepPoint]:
+def pareto_front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     """The points than which no other is better for the GPU and not worse for the user, or the reverse."""
-    points = [point for point in points if point.results.metrics]
+    answered = [point for point in points if point.has_answers]
+    places = [(point.tokens_per_user_s, point.tokens_per_gpu_s) for point in answered]
+    return [answered[index] for index in sorted(front(places))]
 
-    def is_beaten(point: SweepPoint) -> bool:
-        place = point.tokens_per_gpu_s, point.tokens_per_user_s
-        others = ((other.tokens_per_gpu_s, other.tokens_per_user_s) for other in points)
-        return any(gpu >= place[0] and user >= place[1] and (gpu, user) != place for gpu, user in others)
 
-    return [point for point in points if not is_beaten(point)]
+def front(places: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the places than which none is higher in one figure and not lower in the other, by the first figure."""
+    on_front: list[int] = []
+    best = -math.inf
+    for index in sorted(range(len(places)), key=lambda index: places[index], reverse=True):
+        x, y = places[index]
+        if y > best or (on_front and places[on_front[-1]] == (x, y)):
+            on_front.append(index)
+            best = y
+    return on_front[::-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,14 @@ def test_a_worker_that_is_lost_fails_its_requests_and_the_table_says_so(capsys):
     assert "requests failed: its worker was lost" in capsys.readouterr().out
 
 
+def test_a_run_without_a_single_answer_is_told_apart_not_tripped_over(capsys):
+    flags = (*SMALL, "--request-cancellation-rate", 100, "--request-cancellation-delay", 0.001)
+    assert simulate(*flags) == 1
+    assert "0 finished, 30 cancelled" in capsys.readouterr().out
+    assert simulate(*flags, "--sweep", "workers=1,2", "--processes", 1) == 0
+    assert capsys.readouterr().out.count("no request was answered") == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

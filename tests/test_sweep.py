@@ -30,7 +30,7 @@ def point(tokens_per_gpu_s, tokens_per_user_s):
         "output_token_throughput": {"avg": float(tokens_per_gpu_s)},
         "output_token_throughput_per_user": {"avg": float(tokens_per_user_s)},
     }
-    return SweepPoint({}, SimpleNamespace(metrics=metrics, num_gpus=1))
+    return SweepPoint({}, SimpleNamespace(metrics=metrics, num_gpus=1, num_finished=1))
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=20))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import pytest
 from hypothesis import strategies as st
 
 from mock_engine.core import Core
@@ -39,6 +40,7 @@ class Notes:
     def __init__(self):
         self.flights = []
         self.gaps = []
+        self.waiting_s = 0.0
 
     def finished(self, flight):
         self.flights.append(
@@ -57,8 +59,36 @@ class Notes:
         for start_s, end_s in pairwise(stretch.edges_s.tolist()):
             self.gaps += [end_s - start_s] * stretch.num_decoding
 
+        self.waiting_s += stretch.num_waiting * float(stretch.edges_s[-1] - stretch.edges_s[0])
+
     def gap_done(self, gap_s):
         self.gaps.append(gap_s)
+
+
+class WaitObserver:
+    """Adds up for how long each request waits, from arrival or preemption until it is computed or leaves."""
+
+    def __init__(self):
+        self.since_s = {}
+        self.waiting_s = 0.0
+
+    def arrived(self, flight):
+        self.since_s[flight] = flight.arrival_s
+
+    def prefilling(self, flight, start_s, _num_new):
+        self.left(flight, start_s)
+
+    def preempted(self, flight, now_s):
+        self.since_s[flight] = now_s
+
+    def left(self, flight, now_s):
+        self.waiting_s += now_s - self.since_s.pop(flight, now_s)
+
+    def prefilled(self, flight, now_s):
+        pass
+
+    def steps_done(self, stretch, num_blocks):
+        pass
 
 
 @dataclass(frozen=True)
@@ -96,8 +126,8 @@ def drive(workload, is_single_stepping, jitter, **options):
     core = TokenCore(plain.scheduler, plain._times)
     core.token_s = {}
     core.num_run_steps = 0
-    clock, notes = VirtualClock(), Notes()
-    virtual = VirtualDrive(clock, core, notes, is_single_stepping=is_single_stepping)
+    clock, notes, observer = VirtualClock(), Notes(), WaitObserver()
+    virtual = VirtualDrive(clock, core, notes, observer, is_single_stepping)
 
     pending = sorted(workload, key=lambda timed: timed.arrival_s)
 
@@ -115,4 +145,5 @@ def drive(workload, is_single_stepping, jitter, **options):
     clock.call_at(pending[0].arrival_s, arrive)
     clock.run()
     assert not virtual.flights
+    assert notes.waiting_s == pytest.approx(observer.waiting_s, abs=1e-9)
     return core, notes
