@@ -22,9 +22,11 @@ from mock_engine.errors import ConfigError
 
 _BATCH = 1024  # rows formatted at once
 _WHOLE = ("tokens", "count")  # units of which there are only whole numbers
-_ERROR = '"error":{"code":499,"type":"RequestCancellationError","message":"Request cancelled by external signal"}'
+_CANCELLED = '"error":{"code":499,"type":"RequestCancellationError","message":"Request cancelled by external signal"}'
+_FAILED = '"error":{"code":500,"type":"ServerError","message":%s}'
 
-_Name = tuple[str, int, str | None, int | None, bool]  # request, worker, session, turn, whether it was cancelled
+# Request, worker, session, turn, and how it ended: None with all its tokens, "" when cancelled, else why it failed.
+_Name = tuple[str, int, str | None, int | None, str | None]
 
 
 class RecordWriter:
@@ -47,15 +49,16 @@ class RecordWriter:
         worker: int,
         session_id: str | None,
         turn_index: int | None,
-        is_cancelled: bool,
+        ended_by: str | None,
     ) -> None:
         """
-        Write the row of a request that has ended.
+        Write the row of a request that has ended. `ended_by` is None if it got all its tokens, empty if its client
+        cancelled it, else why it failed.
 
         `figures` are the arguments of `FinishedRequests.from_times`, and after them the number of preemptions. For a
-        cancelled request all token times are when it was cancelled, and the output length is what it got by then.
+        request that did not get all, all token times are when it ended, and the output length is what it got by then.
         """
-        self._names.append((request_id, worker, session_id, turn_index, is_cancelled))
+        self._names.append((request_id, worker, session_id, turn_index, ended_by))
         self._figures.append(figures)
         if len(self._names) == _BATCH:
             self._write_batch()
@@ -90,32 +93,32 @@ def _format(first_row: int, names: list[_Name], figures: FloatArray) -> list[str
     start_ns, end_ns = (to_ns(times).astype(np.int64).tolist() for times in (figures[0], figures[3]))
     columns = [_metric_texts(name, metric.unit, metric.values(finished)) for name, metric in REQUEST_METRICS.items()]
     columns.append(_metric_texts("num_preemptions", "count", figures[-1]))
-    of_cancelled = [
+    of_others = [
         _metric_texts("error_isl", "tokens", finished.isl_tokens),
         _metric_texts("num_output_tokens", "tokens", finished.osl_tokens),
     ]
     lines = []
     for index, (name, start, end, metrics, made) in enumerate(
-        zip(names, start_ns, end_ns, zip(*columns, strict=True), zip(*of_cancelled, strict=True), strict=True)
+        zip(names, start_ns, end_ns, zip(*columns, strict=True), zip(*of_others, strict=True), strict=True)
     ):
         metadata = _metadata(first_row + index, name, start, end)
-        is_cancelled = name[-1]
-        lines.append(
-            f'{{"metadata":{{{metadata}}},"metrics":{{{",".join(made)}}},{_ERROR}}}\n'
-            if is_cancelled
-            else f'{{"metadata":{{{metadata}}},"metrics":{{{",".join(filter(None, metrics))}}}}}\n'
-        )
+        ended_by = name[-1]
+        if ended_by is None:
+            lines.append(f'{{"metadata":{{{metadata}}},"metrics":{{{",".join(filter(None, metrics))}}}}}\n')
+        else:
+            error = _FAILED % encode_basestring_ascii(ended_by) if ended_by else _CANCELLED
+            lines.append(f'{{"metadata":{{{metadata}}},"metrics":{{{",".join(made)}}},{error}}}\n')
     return lines
 
 
 def _metadata(row: int, name: _Name, start_ns: int, end_ns: int) -> str:
-    request_id, worker, session_id, turn_index, is_cancelled = name
+    request_id, worker, session_id, turn_index, ended_by = name
     session = ""
     if session_id is not None:
         text = encode_basestring_ascii(session_id)
         session = f'"x_correlation_id":{text},"conversation_id":{text},'
     turn = f'"turn_index":{turn_index},' if turn_index is not None else ""
-    cancelled = f'true,"cancellation_time_ns":{end_ns}' if is_cancelled else "false"
+    cancelled = f'true,"cancellation_time_ns":{end_ns}' if ended_by == "" else "false"
     return (
         f'"session_num":{row},"x_request_id":{encode_basestring_ascii(request_id)},{session}{turn}'
         f'"credit_issued_ns":{start_ns},"request_start_ns":{start_ns},"request_end_ns":{end_ns},'

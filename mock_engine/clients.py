@@ -59,6 +59,7 @@ class Clients:
         rng: np.random.Generator,
     ) -> None:
         self.num_sent = 0
+        self.last_sent_s = 0.0
         self.num_under_way = 0  # requests
         self._request_seconds = 0.0  # integral of `num_under_way` over time...
         self._counted_s = 0.0  # ...up to here
@@ -71,7 +72,7 @@ class Clients:
         self._limit = settings.max_concurrency or math.inf
         self._num_open = 0  # sessions under way
         self._ready: deque[Session] = deque()  # have arrived, and wait for others to end
-        self._is_closed_loop = False
+        self.is_closed_loop = False  # each is sent when another has ended, not at a moment of its own
         self._is_opening = False
         self._is_stopped = False
 
@@ -85,7 +86,7 @@ class Clients:
         first = next(self._sessions, None)
         if first is None:
             return
-        self._is_closed_loop = first.arrival_s is None
+        self.is_closed_loop = first.arrival_s is None
         if self._settings.ramp_s and self._settings.max_concurrency is not None:
             self._limit = 1
             for number in range(1, self._settings.max_concurrency):
@@ -146,7 +147,7 @@ class Clients:
         while self._num_open < self._limit:
             if self._ready:
                 session = self._ready.popleft()
-            elif not self._is_closed_loop or (session := next(self._sessions, None)) is None:  # type: ignore[assignment]
+            elif not self.is_closed_loop or (session := next(self._sessions, None)) is None:  # type: ignore[assignment]
                 break
             self._num_open += 1
             self._send(Conversation(self.num_sent, session))
@@ -159,6 +160,7 @@ class Clients:
         turn = conversation.session.turns[conversation.turn_index]
         job = Job(self.num_sent, turn.isl_tokens, turn.osl_tokens, turn.block_hashes, now_s, conversation)
         self.num_sent += 1
+        self.last_sent_s = now_s
         self._count(+1)
         if self._settings.cancelled_share and self._rng.random() < self._settings.cancelled_share:
             self._clock.call_at(now_s + self._settings.cancel_after_s, lambda _: self._cancel(job))

@@ -234,14 +234,18 @@ class Pool:
 
 
 class Deployment:
-    """See the module. `on_end` is called when a job is finished, has failed, or is cancelled."""
+    """
+    See the module. `on_end` is called when a job is finished, has failed, or is cancelled.
+
+    `usage_of` gives, by role, who wants to know what the workers of that role were like.
+    """
 
     def __init__(
         self,
         settings: DeploymentSettings,
         clock: VirtualClock,
         gaps: GapLog,
-        usage: UsageLog,
+        usage_of: Callable[[str], UsageLog],
         on_end: Callable[[Job], None],
         observer_of: Callable[[int, int], Observer | None] = lambda _worker, _dp_rank: None,
         on_unmeasured: Callable[[str, StepLoad], None] = lambda _name, _load: None,
@@ -250,6 +254,9 @@ class Deployment:
         self.ranks: list[Rank] = []
         self._clock = clock
         self._on_end = on_end
+        self.num_migrated = 0  # requests of lost workers that were sent again
+        self.num_transfers = 0  # KV caches handed over
+        self.transfer_s = 0.0  # that took, waiting for links included
         self._waiting: deque[Job] = deque()  # while no worker is up, of either role
         rng = np.random.default_rng([settings.groups[0].engine.seed, 1])
         for group in settings.groups:
@@ -266,7 +273,7 @@ class Deployment:
                             engine,
                             clock,
                             gaps,
-                            usage,
+                            usage_of(group.role),
                             self._rank_finished,
                             observer_of(worker, dp_rank),
                         )
@@ -345,8 +352,8 @@ class Deployment:
         job.rank = rank
         try:
             flight = rank.drive.submit(request, job)
-        except RequestError as error:
-            self._fail(job, str(error))
+        except RequestError:
+            self._fail(job, f"longer than the context length of {rank.engine.scheduler.max_model_len} tokens")
             return
         job.flight = flight
         rank.add(flight)
@@ -397,6 +404,7 @@ class Deployment:
         num_tokens = job.isl_tokens + job.num_tokens_before
         if self.settings.kv_transfer_timing_mode == "destination_missing":
             num_tokens -= target.num_overlap_blocks(request) * self.block_size
+        begin_s = self._clock.now
         transfer_bytes = num_tokens * source.engine.profile.shape.kv_bytes_per_token
         with source.sends.request() as send:
             yield send
@@ -412,6 +420,8 @@ class Deployment:
         if job.is_cancelled:
             return
         if source.is_up and target.is_up:
+            self.num_transfers += 1
+            self.transfer_s += self._clock.now - begin_s
             self._send(target, request, job)
         else:
             self._lost(job)
@@ -445,6 +455,7 @@ class Deployment:
             self._fail(job, "its worker was lost")
             return
         job.num_tries += 1
+        self.num_migrated += 1
         self._route(job)
 
     def _fail(self, job: Job, reason: str) -> None:

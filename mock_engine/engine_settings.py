@@ -64,6 +64,8 @@ class EngineSettings:
             )
         if self.jitter is not None and not 0 <= self.jitter <= 1:
             raise ConfigError(f"--jitter is {self.jitter:g}; it is a coefficient of variation from 0 (none) to 1")
+        if self.seed < 0:
+            raise ConfigError(f"--seed is {self.seed}; it must be 0 or more")
         if self.default_osl < 1:
             raise ConfigError(f"--default-osl is {self.default_osl}; it must be at least 1")
 

@@ -13,7 +13,6 @@ whatever way, stops every part and waits until it is gone.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -22,7 +21,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from typing import Any
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, Engine, EngineSettings, build_engine
 from mock_engine.errors import ConfigError, ProcessError
 from mock_engine.output_tokens import find_tokenizer
+from mock_engine.parent_death import die_with_parent
 from mock_engine.recorder import TimelineRow, read_status
 
 START_TIMEOUT_S = 120.0
@@ -170,7 +170,7 @@ class Fleet:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is ours to handle: workers first, then the frontend
-                preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
+                preexec_fn=die_with_parent() if sys.platform == "linux" else None,
             )
         self.parts.append(Part(name, process, log_path))
 
@@ -237,13 +237,6 @@ def _how_it_ended(status: int) -> str:
 def _last_words(log_path: Path) -> str:
     lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     return "".join(f"\n  {line}" for line in [" The last lines of its log:", *lines]) if lines else " Its log is empty."
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """What a child does before it begins, so that not even SIGKILL of this process leaves it behind (Linux only)."""
-    libc = ctypes.CDLL(None)
-    pr_set_pdeathsig = 1
-    return lambda: libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 @contextlib.contextmanager

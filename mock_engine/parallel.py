@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from mock_engine.errors import ConfigError, ProcessError
+from mock_engine.parent_death import die_with_parent
 from mock_engine.simulation import SimulationResults, SimulationSettings, simulate
 
 OnDone = Callable[[], None]
@@ -53,7 +54,7 @@ class _LocalPool:
     def __init__(self, num_processes: int) -> None:
         self.num_processes = num_processes
         self._executor = ProcessPoolExecutor(
-            num_processes, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
+            num_processes, mp_context=multiprocessing.get_context("spawn"), initializer=_belong_to_parent
         )
 
     def run(self, settings: Sequence[SimulationSettings], on_done: OnDone) -> list[SimulationResults]:
@@ -78,9 +79,10 @@ class _LocalPool:
         self._executor.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C is the first process's to handle: it ends the others."""
+def _belong_to_parent() -> None:
+    """Ctrl-C is the first process's to handle: it ends the others. They end with it in any case."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()()
 
 
 class _RayPool:

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mock_engine.drive_virtual import Observer
+from mock_engine.engine_settings import flag_of
 from mock_engine.errors import ConfigError
 from mock_engine.parallel import make_pool
 from mock_engine.simulate_flags import settings_from_flags, swept_flags
@@ -29,6 +31,8 @@ from mock_engine.trace_events import TraceEvents
 
 def simulate_command(flags: argparse.Namespace, console: Console) -> int:
     """Run what the flags ask for, print it, and write the files they name. Raises `ConfigError`."""
+    for name in ("json", "requests_out", "timeline"):
+        _check_folder(flag_of(name), getattr(flags, name))
     if flags.plots is not None:
         _prepare_plots(flags.plots)
     if flags.sweep or flags.find_max:
@@ -57,7 +61,12 @@ def _simulate(flags: argparse.Namespace, console: Console) -> int:
         if flags.timeline is not None:
             trace = stack.enter_context(contextlib.closing(TraceEvents(flags.timeline, settings.deployment)))
             observer_of = trace.observer_of
-        results = simulate(settings, flags.requests_out, observer_of, on_progress)
+        try:
+            results = simulate(settings, flags.requests_out, observer_of, on_progress)
+        except KeyboardInterrupt:
+            for path in filter(None, (flags.requests_out, flags.timeline)):
+                print(f"mock-engine: {path} ends where the simulation was stopped", file=sys.stderr)
+            raise
     wall_s = time.perf_counter() - start_s
     print_results(settings, results, console)
     console.print(f"\nsimulated {results.simulated_s:,.1f} s in {wall_s:.3f} s", highlight=False)
@@ -81,7 +90,7 @@ def _sweep(flags: argparse.Namespace, console: Console) -> int:
         flags.json,
         {
             "points": [{"swept": point.swept, **point.results.to_json()} for point in points],
-            "pareto": [points.index(point) for point in front],
+            "pareto": [index for index, point in enumerate(points) if any(point is other for other in front)],
         },
     )
     if flags.plots is not None:
@@ -104,6 +113,12 @@ def _find_max(flags: argparse.Namespace, console: Console) -> int:
 def _write_json(path: Path | None, values: dict[str, object]) -> None:
     if path is not None:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_folder(flag: str, path: Path | None) -> None:
+    """Find out before the run, not after it, that a file cannot be written."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}. Make it, or name another file.")
 
 
 def _prepare_plots(folder: Path) -> None:

@@ -24,7 +24,17 @@ from mock_engine.workload import Workload
 T = TypeVar("T")
 
 # What `--sweep` can vary, and what a value of it is.
-SWEPT: dict[str, Callable[[str], object]] = {"concurrency": int, "request-rate": float, "profile": str, "workers": int}
+SWEPT: dict[str, Callable[[str], object]] = {
+    **dict.fromkeys(("concurrency", "workers", "prefill-workers", "decode-workers"), int),
+    **dict.fromkeys(("isl", "osl", "max-num-seqs", "max-num-batched-tokens"), int),
+    "request-rate": float,
+    "profile": str,
+    "router-mode": str,
+}
+
+
+# These have a value even where the user gives none.
+_WITH_DEFAULTS = ("profile", "router-mode")
 
 
 def add_simulate_flags(parser: argparse.ArgumentParser) -> None:
@@ -255,6 +265,8 @@ def swept_flags(flags: argparse.Namespace) -> list[tuple[dict[str, object], argp
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"--sweep names {name} {names.count(name)} times; give all its values in one")
+        if name not in _WITH_DEFAULTS and getattr(flags, name.replace("-", "_")) is not None:
+            raise ConfigError(f"--{name} and --sweep {name}=... contradict each other; leave one out")
     points = []
     for values in itertools.product(*(values for _, values in axes)):
         swept = dict(zip(names, values, strict=True))

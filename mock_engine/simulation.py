@@ -10,7 +10,7 @@ The same settings give the same results, to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.random import default_rng
 
 from mock_engine.aiperf_schema import Metric
 from mock_engine.clients import Clients, ClientSettings, Conversation
-from mock_engine.deployment import Deployment, DeploymentSettings, Job
+from mock_engine.deployment import Deployment, DeploymentSettings, Job, UsageLog
 from mock_engine.drive_virtual import Observer, VirtualClock
 from mock_engine.simulation_results import RequestLog
 from mock_engine.slos import Slo
@@ -28,6 +28,7 @@ from mock_engine.workload import Workload
 
 _DEFAULT_CANCEL_AFTER_S = 0.0
 _PROGRESS_EVERY = 256  # ended requests
+_KEEPS_UP = 0.9  # answered of offered; the rest is what the last requests take after the last was sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,19 @@ class SimulationResults:
     failures: dict[str, int]  # reason -> requests
     usage: Usage | None
     timeline: Timeline
+    usage_by_role: dict[str, Usage]  # of disaggregated serving; of one role alone there is nothing to tell apart
+    avg_transfer_s: float | None  # from a computed prompt until its KV cache is with a decode worker
+    num_migrated: int
+    is_closed_loop: bool
+    last_sent_s: float
+    too_late: list[str]  # what was to happen to workers after the last request had ended
     avg_requests_under_way: float
     preemptions: int
     prefix_cache_hit_rate: float
     num_gpus: int
     gpu_hours: float
-    output_tokens_per_gpu_s: float
+    output_tokens_per_gpu_s: float  # of requests that were answered to the end
+    num_tokens_made: int  # of all requests
     total_kv_blocks: int  # of all engines together
     num_steps: int
     unmeasured: dict[str, StepLoad]  # profile -> the first load that lies outside what it measured
@@ -65,6 +73,21 @@ class SimulationResults:
     @property
     def num_failed(self) -> int:
         return sum(self.failures.values())
+
+    @property
+    def offered_rate(self) -> float | None:
+        """Requests a second that were sent while any were; None where each waited for another, or all came at once."""
+        return None if self.is_closed_loop or not self.last_sent_s else self.num_sent / self.last_sent_s
+
+    @property
+    def answered_rate(self) -> float:
+        """Requests a second that were answered, from the start to the end of the last."""
+        return self.num_finished / self.simulated_s if self.simulated_s else 0.0
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether requests were answered nearly as fast as they were sent: neither overloaded, nor over too soon."""
+        return self.offered_rate is None or self.answered_rate >= _KEEPS_UP * self.offered_rate
 
     def to_json(self) -> dict[str, Any]:
         """AIPerf's export, and beside it what only a simulation knows."""
@@ -79,6 +102,12 @@ class SimulationResults:
                 "failed": self.num_failed,
             },
             "failures": self.failures,
+            "migrated": self.num_migrated,
+            "offered_rate": self.offered_rate,
+            "answered_rate": self.answered_rate,
+            "keeps_up": self.keeps_up,
+            "by_role": {role: asdict(usage) for role, usage in self.usage_by_role.items()},
+            "avg_kv_transfer_s": self.avg_transfer_s,
             "avg_requests_under_way": self.avg_requests_under_way,
             "avg_requests_running": usage.avg_num_running if usage else 0.0,
             "avg_requests_waiting": usage.avg_num_waiting if usage else 0.0,
@@ -89,6 +118,7 @@ class SimulationResults:
             "num_gpus": self.num_gpus,
             "gpu_hours": self.gpu_hours,
             "output_tokens_per_gpu_s": self.output_tokens_per_gpu_s,
+            "output_tokens_made": self.num_tokens_made,
             "total_kv_blocks": self.total_kv_blocks,
             "num_steps": self.num_steps,
             "queue_depth": {
@@ -106,10 +136,22 @@ class _Books:
 
     requests: RequestLog
     states: StateLog
+    states_by_role: dict[str, StateLog]
     clients: Clients | None = None
     failures: dict[str, int] = field(default_factory=dict)
     unmeasured: dict[str, StepLoad] = field(default_factory=dict)
     ended_s: float = 0.0  # when the last request did; what the clock does then is nobody's concern
+
+
+class _Both:
+    """Two logs that are told the same."""
+
+    def __init__(self, first: StateLog, second: StateLog) -> None:
+        self._logs = first, second
+
+    def add(self, *stretch: float) -> None:
+        for log in self._logs:
+            log.add(*stretch)
 
 
 def unobserved(_worker: int, _dp_rank: int) -> None:
@@ -129,8 +171,13 @@ def simulate(
     """
     workload = settings.workload
     clock = VirtualClock()
-    num_ranks = settings.deployment.num_workers * settings.deployment.data_parallel_size
-    books = _Books(RequestLog(settings.slos, requests_out), StateLog(num_ranks))
+    plan = settings.deployment
+    num_ranks = plan.num_workers * plan.data_parallel_size
+    by_role = {group.role: StateLog(group.num_workers * plan.data_parallel_size) for group in plan.groups}
+    books = _Books(RequestLog(settings.slos, requests_out), StateLog(num_ranks), by_role if len(by_role) > 1 else {})
+
+    def usage_of(role: str) -> UsageLog:
+        return _Both(books.states, books.states_by_role[role]) if books.states_by_role else books.states
 
     def job_ended(job: Job) -> None:
         _write_down(books, job, clock.now)
@@ -145,7 +192,7 @@ def simulate(
         settings.deployment,
         clock,
         books.requests,
-        books.states,
+        usage_of,
         job_ended,
         observer_of,
         lambda profile, load: books.unmeasured.update({profile: load}),
@@ -197,6 +244,7 @@ def _write_down(books: _Books, job: Job, now_s: float) -> None:
             worker,
             session_id,
             turn_index,
+            job.failure or "",
         )
         return
     assert job.first_token_s is not None
@@ -220,16 +268,27 @@ def _results(settings: SimulationSettings, books: _Books, deployment: Deployment
     clients = books.clients
     assert clients is not None
     schedulers = [rank.engine.core.scheduler for rank in deployment.ranks]
-    queries = sum(scheduler.num_prefix_queries_tokens for scheduler in schedulers)
-    hits = sum(scheduler.num_prefix_hits_tokens for scheduler in schedulers)
+    # A decode worker is given what it does not find: it looks, but has nothing to save.
+    looking = [rank.engine.core.scheduler for rank in deployment.ranks if rank.role != "decode"]
+    queries = sum(scheduler.num_prefix_queries_tokens for scheduler in looking)
+    hits = sum(scheduler.num_prefix_hits_tokens for scheduler in looking)
     plan = settings.deployment
     gpu_s = 0.0
     for rank in deployment.ranks:
         end_s = min(plan.losses_s.get(rank.worker, now_s), now_s)
         gpu_s += rank.engine.profile.tp * max(0.0, end_s - plan.start_s(rank.worker))
-    num_tokens = sum(rank.num_output_tokens for rank in deployment.ranks if rank.role != "prefill")
+    metrics = books.requests.metrics()
+    num_tokens = metrics["total_output_tokens"]["avg"] if "total_output_tokens" in metrics else 0.0
+    events = [("lost", plan.losses_s), ("to serve", plan.starts_s)]
+    too_late = [
+        f"worker {worker} was to be {what} at {time_s:g} s"
+        for what, times_s in events
+        for worker, time_s in sorted(times_s.items())
+        if time_s > now_s
+    ]
+    usages = {role: states.usage() for role, states in books.states_by_role.items()}
     return SimulationResults(
-        metrics=books.requests.metrics(),
+        metrics=metrics,
         simulated_s=now_s,
         num_sent=clients.num_sent,
         num_finished=books.requests.num_finished,
@@ -237,12 +296,19 @@ def _results(settings: SimulationSettings, books: _Books, deployment: Deployment
         failures=books.failures,
         usage=books.states.usage(),
         timeline=books.states.timeline(),
+        usage_by_role={role: usage for role, usage in usages.items() if usage},
+        avg_transfer_s=deployment.transfer_s / deployment.num_transfers if deployment.num_transfers else None,
+        num_migrated=deployment.num_migrated,
+        is_closed_loop=clients.is_closed_loop,
+        last_sent_s=clients.last_sent_s,
+        too_late=too_late,
         avg_requests_under_way=clients.request_seconds / now_s if now_s else 0.0,
         preemptions=sum(scheduler.num_preemptions for scheduler in schedulers),
         prefix_cache_hit_rate=hits / queries if queries else 0.0,
         num_gpus=sum(rank.engine.profile.tp for rank in deployment.ranks),
         gpu_hours=gpu_s / 3600,
         output_tokens_per_gpu_s=num_tokens / gpu_s if gpu_s else 0.0,
+        num_tokens_made=sum(rank.num_output_tokens for rank in deployment.ranks if rank.role != "prefill"),
         total_kv_blocks=sum(rank.engine.num_blocks for rank in deployment.ranks),
         num_steps=sum(scheduler.num_steps for scheduler in schedulers),
         unmeasured=books.unmeasured,

@@ -63,7 +63,7 @@ def print_sweep(points: Sequence[SweepPoint], console: Console) -> None:
     ):
         table.add_column(column, justify="right")
     if has_goodput:
-        table.add_column("goodput\n/s", justify="right")
+        table.add_column("good\n%", justify="right")
     table.add_column("Pareto\nfront", justify="center")
     for point in points:
         metrics = point.results.metrics
@@ -76,7 +76,7 @@ def print_sweep(points: Sequence[SweepPoint], console: Console) -> None:
             metric = metrics.get(name)
             cells += [f"{metric[statistic]:,.1f}" if metric else "-" for statistic in ("p50", "p95")]
         if has_goodput:
-            cells.append(f"{metrics['goodput']['avg']:,.2f}")
+            cells.append(f"{100 * metrics['good_request_count']['avg'] / point.results.num_sent:.1f}")
         table.add_row(*cells, "*" if id(point) in front else "")
     console.print(table)
     for point in points:
@@ -86,13 +86,16 @@ def print_sweep(points: Sequence[SweepPoint], console: Console) -> None:
 def print_max_rate(settings: SimulationSettings, found: MaxRate, attainment: float, console: Console) -> None:
     """The rate, what it looks like there, and how the rates around it did."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("requests/s", "good", "TTFT p95 (ms)", "ITL p95 (ms)"):
+    for column in ("sent/s", "answered/s", "good", "TTFT p95 (ms)", "ITL p95 (ms)"):
         table.add_column(column, justify="right")
     for each in found.tried:
         metrics = each.results.metrics
         p95 = [f"{metrics[name]['p95']:,.1f}" if name in metrics else "-" for name in list(_LATENCIES)[:2]]
-        table.add_row(f"{each.request_rate:,.3f}", f"{each.attainment:.1%}", *p95)
+        answered = f"{each.results.answered_rate:,.3f}{'' if each.results.keeps_up else ' !'}"
+        table.add_row(f"{each.request_rate:,.3f}", answered, f"{each.attainment:.1%}", *p95)
     console.print(table)
+    if not all(each.results.keeps_up for each in found.tried):
+        console.print("! answered more slowly than sent: the queue grows, so that rate does not count")
     console.print()
     if found.best is None:
         console.print(
@@ -134,11 +137,18 @@ def _figures(results: SimulationResults) -> dict[str, str]:
         share = metrics["good_request_count"]["avg"] / results.num_sent
         figures["Goodput"] = f"{metrics['goodput']['avg']:,.2f} requests a second, {share:.1%} of all"
     figures["GPUs, GPU-hours"] = f"{results.num_gpus}, {results.gpu_hours:,.3f}"
-    figures["Output tokens a GPU-second"] = f"{results.output_tokens_per_gpu_s:,.0f}"
+    figures["Output tokens of a GPU a second"] = f"{results.output_tokens_per_gpu_s:,.0f}"
     usage = results.usage
     if usage is not None:
         figures["Running, waiting: average of a worker"] = f"{usage.avg_num_running:,.1f}, {usage.avg_num_waiting:,.1f}"
-        figures["KV usage: average, highest"] = f"{usage.avg_kv_usage:.1%}, {usage.max_kv_usage:.1%}"
+        figures["KV usage: average, highest of a worker"] = f"{usage.avg_kv_usage:.1%}, {usage.max_kv_usage:.1%}"
+    for role, of_role in results.usage_by_role.items():
+        running, waiting = of_role.avg_num_running, of_role.avg_num_waiting
+        figures[f"  {role}: running, waiting; KV usage"] = f"{running:,.1f}, {waiting:,.1f}; {of_role.avg_kv_usage:.1%}"
+    if results.avg_transfer_s is not None:
+        figures["KV transfer, waiting for links included"] = f"{results.avg_transfer_s * 1e3:,.2f} ms"
+    if results.num_migrated:
+        figures["Requests sent again after a loss"] = f"{results.num_migrated:,}"
     figures["Prefix cache hit rate"] = f"{results.prefix_cache_hit_rate:.1%}"
     figures["Preemptions"] = f"{results.preemptions:,}"
     return figures
@@ -149,10 +159,21 @@ def _print_notes(results: SimulationResults, console: Console, label: str = "") 
     before = f"{label}: " if label else ""
     for reason, number in results.failures.items():
         console.print(f"[bold red]{before}{number:,} requests failed[/bold red]: {reason}", highlight=False)
+    if not results.keeps_up:
+        console.print(
+            f"{before}{results.offered_rate:,.2f} requests a second were sent, {results.answered_rate:,.2f} answered: "
+            f"too much for this deployment, or a run too short to tell. Its latencies depend on how long it goes on; "
+            f"raise --request-count to see.",
+            highlight=False,
+        )
+    for event in results.too_late:
+        console.print(
+            f"{before}{event}, after the last request had ended at {results.simulated_s:,.1f} s", highlight=False
+        )
     for profile, load in results.unmeasured.items():
         console.print(
-            f"{before}{profile} was not measured at {load.num_tokens - load.decode_batch_size:,} prefill tokens, "
-            f"{load.decode_batch_size:,} decoding, {load.context_tokens:,} context tokens: "
-            f"times outside the measured range follow the roofline.",
+            f"{before}{profile} was not measured at this load, the first such: "
+            f"{load.num_tokens - load.decode_batch_size:,} prefill tokens, {load.decode_batch_size:,} decoding, "
+            f"{load.context_tokens:,} context tokens. Times outside the measured range follow the roofline.",
             highlight=False,
         )

@@ -85,7 +85,7 @@ class RequestLog:
                 num_cached_tokens,
                 num_preemptions,
             )
-            self._writer.add(request_id, figures, worker, session_id, turn_index, False)
+            self._writer.add(request_id, figures, worker, session_id, turn_index, None)
 
     def add_cancelled(
         self,
@@ -99,14 +99,19 @@ class RequestLog:
         worker: int,
         session_id: str | None,
         turn_index: int | None,
+        failure: str = "",
     ) -> None:
-        """A request that was let go of. It is counted, and in no other metric; its gaps so far stay."""
+        """
+        A request that its client let go of, or that failed for the reason `failure`. AIPerf counts both as errors.
+
+        It is counted, and in no other metric; its gaps so far stay.
+        """
         self.num_cancelled += 1
         self.num_preemptions += num_preemptions
         if self._writer is not None:
             times = (arrival_s, cancelled_s, cancelled_s, cancelled_s)
             figures = (*times, isl_tokens, num_output_tokens, num_cached_tokens, num_preemptions)
-            self._writer.add(request_id, figures, worker, session_id, turn_index, True)
+            self._writer.add(request_id, figures, worker, session_id, turn_index, failure)
 
     def add_gaps(self, gaps_s: FloatArray, num_sequences: int) -> None:
         """

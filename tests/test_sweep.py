@@ -54,16 +54,20 @@ class StepPool:
         results = []
         for each in settings:
             rate = each.workload.request_rate
+            if rate is None:  # how long does a request take that is alone?
+                assert each.workload.concurrency == 1
+                return [SimpleNamespace(metrics={"request_latency": {"avg": 500.0}}, num_finished=20)]
+            assert each.workload.benchmark_duration == 60.0
             self.rates.append(rate)
             good = {"avg": 10.0 if rate <= self.limit else 0.0}
-            results.append(SimpleNamespace(metrics={"good_request_count": good}, num_sent=10))
+            results.append(SimpleNamespace(metrics={"good_request_count": good}, num_sent=10, keeps_up=True))
             on_done()
         return results
 
 
 @given(limit=st.floats(0.01, 5000), num_processes=st.integers(1, 9))
 def test_the_search_finds_the_rate_within_one_per_cent_and_tries_few(limit, num_processes):
-    settings = SimulationSettings(SMALL.deployment, SMALL.workload, parse_slos("time_to_first_token:1s"))
+    settings = SimulationSettings(SMALL.deployment, Workload(), parse_slos("time_to_first_token:1s"))
     pool = StepPool(limit, num_processes)
     found = find_max_rate(settings, 0.95, pool, lambda: None)
     assert found.best.request_rate <= limit < found.best.request_rate * 1.01
@@ -72,7 +76,7 @@ def test_the_search_finds_the_rate_within_one_per_cent_and_tries_few(limit, num_
 
 
 def test_objectives_that_every_rate_meets_end_the_search_with_an_error():
-    settings = SimulationSettings(SMALL.deployment, SMALL.workload, parse_slos("time_to_first_token:1s"))
+    settings = SimulationSettings(SMALL.deployment, Workload(), parse_slos("time_to_first_token:1s"))
     with pytest.raises(ConfigError, match="any rate meets these objectives"):
         find_max_rate(settings, 0.95, StepPool(float("inf"), 2), lambda: None)
 

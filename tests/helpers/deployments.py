@@ -201,7 +201,9 @@ def send(
     """Run the sessions to their end; `probes` are called with the deployment at their times."""
     clock = VirtualClock()
     with _each_profile_is_read_once():
-        deployment = WatchedDeployment(settings, clock, Silence(), Silence(), lambda job: clients.job_ended(job))
+        deployment = WatchedDeployment(
+            settings, clock, Silence(), lambda _role: Silence(), lambda job: clients.job_ended(job)
+        )
     clients = Clients(
         clock,
         iter(sessions),
