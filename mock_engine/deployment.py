@@ -186,8 +186,9 @@ class Rank(RoutedLoad):
         usage: UsageLog,
         on_finished: Callable[[Rank, Flight], None],
         observer: Observer | None,
+        is_counting_prefill: bool,
     ) -> None:
-        super().__init__(VirtualDrive(clock, engine.core, self, observer))
+        super().__init__(VirtualDrive(clock, engine.core, self, observer), is_counting_prefill)
         self.worker = worker
         self.role = role
         self.engine = engine
@@ -276,6 +277,7 @@ class Deployment:
                             usage_of(group.role),
                             self._rank_finished,
                             observer_of(worker, dp_rank),
+                            settings.router.router_mode == "kv",
                         )
                     )
         block_sizes = {rank.engine.block_size for rank in self.ranks}

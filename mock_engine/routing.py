@@ -43,23 +43,30 @@ class RouterSettings:
 
 
 class RoutedLoad:
-    """What a router knows of a worker: which requests it has been given, and what its KV cache holds."""
+    """
+    What a router knows of a worker: which requests it has been given, and what its KV cache holds.
 
-    def __init__(self, drive: VirtualDrive) -> None:
+    Without `is_counting_prefill`, prompt tokens are not kept account of: most policies do not ask.
+    """
+
+    def __init__(self, drive: VirtualDrive, is_counting_prefill: bool = True) -> None:
         self.drive = drive
+        self._is_counting_prefill = is_counting_prefill
         self.num_active = 0  # requests that have not ended
         self.active_blocks = 0  # KV blocks of their prompts, shared ones counted for each
         self._prefill_tokens = 0
-        self._in_prefill: OrderedDict[Flight, int] = OrderedDict()  # prompt tokens of each
+        self._in_prefill: OrderedDict[Flight, int] = OrderedDict()  # prompt tokens of each that were not cached
 
     def add(self, flight: Flight) -> None:
         """A request was sent there."""
         request = flight.sequence.request
         self.num_active += 1
         self.active_blocks += self._num_blocks(request)
-        self._prefill_tokens += request.isl_tokens
-        self._drop_prefilled()
-        self._in_prefill[flight] = request.isl_tokens
+        if self._is_counting_prefill and not request.num_remote_tokens:
+            uncached = request.isl_tokens - self.num_overlap_blocks(request) * self._block_size
+            self._drop_prefilled()
+            self._prefill_tokens += uncached
+            self._in_prefill[flight] = uncached
 
     def remove(self, flight: Flight) -> None:
         """It has ended."""
@@ -69,7 +76,7 @@ class RoutedLoad:
 
     @property
     def active_prefill_tokens(self) -> int:
-        """Prompt tokens of requests that have made no token yet."""
+        """Prompt tokens of requests that have made no token yet, less those found cached as they were sent there."""
         self._drop_prefilled()
         return self._prefill_tokens
 
@@ -77,7 +84,7 @@ class RoutedLoad:
         """Blocks at the start of the prompt that its cache holds."""
         if not request.block_hashes:
             return 0
-        num_full = request.isl_tokens // self.drive.core.scheduler.blocks.block_size
+        num_full = request.isl_tokens // self._block_size
         return self.drive.core.scheduler.blocks.num_prefix_blocks(request.block_hashes[:num_full])
 
     def _drop_prefilled(self) -> None:
@@ -86,7 +93,11 @@ class RoutedLoad:
             self._prefill_tokens -= in_prefill.popitem(last=False)[1]
 
     def _num_blocks(self, request: Request) -> int:
-        return -(-request.isl_tokens // self.drive.core.scheduler.blocks.block_size)
+        return -(-request.isl_tokens // self._block_size)
+
+    @property
+    def _block_size(self) -> int:
+        return self.drive.core.scheduler.blocks.block_size
 
 
 Worker = TypeVar("Worker", bound=RoutedLoad)
@@ -140,11 +151,14 @@ def _by_kv_cost(settings: RouterSettings, rng: np.random.Generator) -> Router[Wo
 
 def _kv_cost(settings: RouterSettings, request: Request, worker: RoutedLoad) -> float:
     """
-    Blocks to prefill, less the credit for those in the cache, plus blocks that decode.
+    Blocks to prefill, less the credit for those in the cache, plus blocks that decode. What another worker has
+    prefilled counts for neither of the first two.
 
     Source: ai-dynamo 1.4.2, `dynamo.frontend --help`, router options: "adjusted prompt-side prefill load after
     overlap ... credits are subtracted", "block-equivalent decode cost".
     """
+    if request.num_remote_tokens:
+        return worker.active_blocks
     block_size = worker.drive.core.scheduler.blocks.block_size
     prefill_blocks = (worker.active_prefill_tokens + request.isl_tokens) / block_size
     overlap_blocks = worker.num_overlap_blocks(request)

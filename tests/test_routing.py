@@ -207,6 +207,20 @@ def test_prompt_tokens_count_until_the_first_token_or_the_end():
     assert (worker.num_active, worker.active_blocks) == (1, 10)
 
 
+def test_prompt_tokens_found_in_the_cache_or_prefilled_elsewhere_are_no_prefill_to_wait_for():
+    cluster = Cluster(2)
+    cluster.cache(0, (1, 2, 3))
+    cluster.send(0, 18, 2, (1, 2, 3, 4))
+    assert cluster.workers[0].active_prefill_tokens == 18 - 3 * 4
+    remote = Request("remote", 18, 2, (1, 2, 3, 4), num_remote_tokens=17)
+    cluster.workers[1].add(cluster.workers[1].drive.submit(remote))
+    assert cluster.workers[1].active_prefill_tokens == 0
+    # For another such request only what decodes counts: both have five blocks, so the tie goes by number.
+    assert cluster.choose("kv", remote) == 0
+    cluster.send(0, 4)
+    assert cluster.choose("kv", remote) == 1
+
+
 def test_without_a_temperature_the_kv_router_always_decides_alike():
     cluster = loaded(1, 3, 2)
     assert {cluster.choose("kv", seed=seed) for seed in range(50)} == {1}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from mock_engine.simulation import SimulationSettings, simulate
 from mock_engine.slos import parse_slos
 from mock_engine.sweep import SweepPoint, find_max_rate, pareto_front
 from mock_engine.workload import Workload
+from tests.helpers.processes import wait_for
 
 SMALL = SimulationSettings(
     DeploymentSettings((WorkerGroup(EngineSettings()),)), Workload(isl=64, osl=8, concurrency=2, request_count=10)
@@ -104,6 +107,25 @@ def test_a_process_that_is_killed_ends_the_sweep_and_says_so(monkeypatch):
 
 def kill_yourself(_):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.e2e
+def test_processes_of_a_sweep_end_with_a_parent_that_is_killed():
+    """Not even SIGKILL leaves one behind: a CI job that runs out of time gives its cores back."""
+    sweep = ("simulate", "--request-count", "100000000", "--sweep", "concurrency=64,256", "--processes", "2")
+    parent = subprocess.Popen([sys.executable, "-m", "mock_engine", *sweep], stdout=subprocess.DEVNULL)
+    workers: list[psutil.Process] = []
+
+    def are_at_work():
+        workers[:] = [each for each in psutil.Process(parent.pid).children() if each.cpu_times().user > 0.5]
+        return len(workers) == 2
+
+    try:
+        wait_for(are_at_work, "both processes compute")
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(each.is_running() and each.status() != "zombie" for each in workers), "both have ended")
 
 
 class FakeRay(ModuleType):
