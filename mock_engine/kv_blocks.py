@@ -49,7 +49,8 @@ class KvBlocks:
         self._holders: dict[int, int] = {}
         self._releases: deque[tuple[int, list[int]]] = deque()
         self._num_releases = 0
-        self._num_claimed = 0  # hashes in `_releases` that count no more
+        self._num_claimed = 0  # hashes in `_releases` that count no more...
+        self._claimed_from: set[int] = set()  # ...and the releases they are in
         self._num_private = 0
         self.num_cached = 0  # blocks that nobody holds and whose content can still be reused
 
@@ -88,6 +89,7 @@ class KvBlocks:
                 holders[block_hash] = 1
                 self.num_cached -= 1
                 self._num_claimed += 1
+                self._claimed_from.add(-num_holders)
         table.hashes += hashes
 
     def grow(self, table: BlockTable, num_blocks: int) -> bool:
@@ -124,7 +126,9 @@ class KvBlocks:
         if not self.enable_prefix_caching:
             return
         holders = self._holders
-        fresh = dict.fromkeys([block_hash for block_hash in hashes if block_hash not in holders], 1)
+        if not holders.keys().isdisjoint(hashes):
+            hashes = [block_hash for block_hash in hashes if block_hash not in holders]
+        fresh = dict.fromkeys(hashes, 1)
         holders.update(fresh)
         self._num_private -= len(fresh)
         table.num_private -= len(fresh)
@@ -133,8 +137,8 @@ class KvBlocks:
     def release(self, table: BlockTable) -> None:
         """Give back all that `table` holds. Hashed blocks stay cached, a sequence's last ones evicted first."""
         holders, hashes = self._holders, table.hashes
-        shared = [block_hash for block_hash in hashes if holders[block_hash] > 1]
-        if shared:
+        if sum(map(holders.__getitem__, hashes)) > len(hashes):  # others hold some of them too
+            shared = [block_hash for block_hash in hashes if holders[block_hash] > 1]
             for block_hash in shared:
                 holders[block_hash] -= 1
             still_held = set(shared)
@@ -157,12 +161,13 @@ class KvBlocks:
             release, hashes = self._releases[0]
             last = hashes[-num_blocks:]
             del hashes[-num_blocks:]
-            if not hashes:
-                self._releases.popleft()
             evicted = last
-            if self._num_claimed:
+            if release in self._claimed_from:
                 evicted = [block_hash for block_hash in last if self._holders.get(block_hash) == -release]
                 self._num_claimed -= len(last) - len(evicted)
+            if not hashes:
+                self._releases.popleft()
+                self._claimed_from.discard(release)
             deque(map(self._holders.__delitem__, evicted), maxlen=0)  # a loop, at half the cost of one in Python
             num_blocks -= len(evicted)
 
@@ -176,3 +181,4 @@ class KvBlocks:
             )
             self._releases = deque((release, hashes) for release, hashes in kept if hashes)
             self._num_claimed = 0
+            self._claimed_from.clear()

@@ -94,6 +94,12 @@ class MonotoneCurve:
 
     def many(self, x: FloatArray) -> FloatArray:
         """The same for an array in ascending order, to the last bit."""
+        first, last = float(x[0]), float(x[-1])
+        j = bisect_right(self._knots, first) - 1
+        if 0 <= j < len(self._knots) - 1 and first > self._knots[0] and last < self._knots[j + 1]:
+            # All between two knots, as decode steps in a row mostly are.
+            below, start = self._values[j], self._knots[j]
+            return np.asarray(below + (self._values[j + 1] - below) * (x - start) / (self._knots[j + 1] - start))
         knots, values = self._knots_array, self._values_array
         i = knots.searchsorted(x, side="right")
         i -= 1

@@ -194,7 +194,7 @@ MUTANTS = [
     Mutant(
         "a prefix claimed from the cache can still be evicted",
         "kv_blocks",
-        "if self._num_claimed:",
+        "if release in self._claimed_from:",
         "if False:",
     ),
 ]

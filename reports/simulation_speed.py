@@ -31,9 +31,9 @@ from mock_engine.bench_results import find_commit
 
 _OURS = ("-m", "mock_engine", "simulate")
 _PEER = ("-m", "dynamo.replay", "--replay-mode", "offline")
-# What Dynamo's mocker has by default.
+# What Dynamo's mocker has by default; its steps have no jitter.
 _SAME_ENGINE = shlex.split(
-    "--block-size 64 --num-gpu-blocks-override 16384 --max-num-seqs 256 --max-num-batched-tokens 8192"
+    "--block-size 64 --num-gpu-blocks-override 16384 --max-num-seqs 256 --max-num-batched-tokens 8192 --jitter 0"
 )
 _DECADES = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 _DECADE_LOAD = shlex.split("--isl 1024 --osl 256 --osl-stddev 64 --concurrency 64")
@@ -166,8 +166,9 @@ def main() -> None:
         "|---|--:|--:|--:|--:|--:|--:|---|",
         *compared,
         "",
-        f"Both engines: `{shlex.join(_SAME_ENGINE)}`, Dynamo mocker's defaults. Ours draws jitter for each step, and "
-        "its percentiles of the gaps between tokens are exact.",
+        f"Both engines: `{shlex.join(_SAME_ENGINE)}`, Dynamo mocker's defaults. Ours with its default jitter takes up to "
+        "a tenth longer. In the trace, a third of our time goes to KV blocks (two million hashes are stored, found, "
+        "released and evicted), a tenth to reading it, and the rest to 26,000 steps with prefill and 17,000 runs of decode.",
         "",
         f"How the cost grows: `mock-engine simulate {shlex.join(_DECADE_LOAD)} --request-count N`, one run each; "
         "peak memory is that of the whole process, the interpreter and NumPy included.",
