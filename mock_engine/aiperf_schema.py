@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.ma
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 Metric = dict[str, Any]

@@ -32,6 +32,7 @@ from mock_engine.errors import ConfigError
 CHUNK_ROWS = 16_384
 _BYTES = 8  # of a figure
 _DIGIT_BITS = 16
+_MAX_SORTED = 1 << 18  # so many are sorted in memory faster than they are searched for
 _SIGN = np.uint64(1 << 63)
 
 Chunks = Callable[[], Iterator[FloatArray]]
@@ -155,8 +156,10 @@ def summarize_weighted(chunks: Chunks, unit: str) -> Metric | None:
     `chunks` gives arrays of values and whole weights of 1 or more, the same whenever it is called. The percentiles
     are exactly those of the repeated values. Sums are of sums of chunks, correctly rounded. Memory: 10 MB and a chunk.
     """
+    num_rows = 0
     counts, sums, smallest, largest = [], [], math.inf, -math.inf
     for values, weights in chunks():
+        num_rows += len(values)
         counts.append(int(weights.sum()))
         sums.append(float((values * weights).sum()))
         smallest, largest = min(smallest, float(values.min())), max(largest, float(values.max()))
@@ -169,7 +172,7 @@ def summarize_weighted(chunks: Chunks, unit: str) -> Metric | None:
     return to_metric(
         unit,
         mean=mean,
-        percentiles=_percentiles(chunks, count),
+        percentiles=_percentiles(chunks, num_rows, count),
         smallest=smallest,
         largest=largest,
         std=math.sqrt(variance),
@@ -178,19 +181,28 @@ def summarize_weighted(chunks: Chunks, unit: str) -> Metric | None:
     )
 
 
-def _percentiles(chunks: Chunks, count: int) -> list[float]:
-    """`PERCENTILES` of `count` values in all, between two neighbours by linear interpolation, as numpy does it."""
+def _percentiles(chunks: Chunks, num_rows: int, count: int) -> list[float]:
+    """`PERCENTILES` of `num_rows` values, `count` when repeated; linear between two neighbours, as numpy has it."""
     positions = (count - 1) * (np.asarray(PERCENTILES) / 100)
     below = np.floor(positions).astype(np.int64)
     above = np.minimum(below + 1, count - 1)
-    neighbours = _values_at(np.concatenate([below, above]), chunks).reshape(2, -1)
+    ranks = np.concatenate([below, above])
+    find = _sorted_values_at if num_rows <= _MAX_SORTED else _values_at
+    neighbours = find(ranks, chunks).reshape(2, -1)
     # numpy's own interpolation between two values, so that even the rounding is the same.
     return [float(np.quantile(pair, share)) for pair, share in zip(neighbours.T, positions - below, strict=True)]
 
 
+def _sorted_values_at(ranks: np.ndarray, chunks: Chunks) -> FloatArray:
+    """The values that stand at `ranks` (from 0) when all are sorted and repeated."""
+    values, weights = np.concatenate(list(chunks()), axis=1)
+    order = values.argsort(kind="stable")
+    return np.asarray(values[order][weights[order].cumsum().searchsorted(ranks, side="right")])
+
+
 def _values_at(ranks: np.ndarray, chunks: Chunks) -> FloatArray:
     """
-    The values that stand at `ranks` (from 0) when all are sorted and repeated.
+    The same for more than fit in memory.
 
     A radix search: values become integers of the same order, and each pass over the data settles 16 bits more of the
     integer at each rank, by counting, among those that agree in all bits settled so far, what the next 16 are.

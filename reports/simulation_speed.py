@@ -166,9 +166,10 @@ def main() -> None:
         "|---|--:|--:|--:|--:|--:|--:|---|",
         *compared,
         "",
-        f"Both engines: `{shlex.join(_SAME_ENGINE)}`, Dynamo mocker's defaults. Ours with its default jitter takes up to "
-        "a tenth longer. In the trace, a third of our time goes to KV blocks (two million hashes are stored, found, "
-        "released and evicted), a tenth to reading it, and the rest to 26,000 steps with prefill and 17,000 runs of decode.",
+        f"Both engines: `{shlex.join(_SAME_ENGINE)}`, Dynamo mocker's defaults. Ours with its default jitter takes up "
+        "to a tenth longer. In the trace, a third of our time goes to KV blocks (two million hashes are stored, found, "
+        "released and evicted), a tenth to reading it, and the rest to 26,000 steps with prefill and 17,000 runs of "
+        "decode.",
         "",
         f"How the cost grows: `mock-engine simulate {shlex.join(_DECADE_LOAD)} --request-count N`, one run each; "
         "peak memory is that of the whole process, the interpreter and NumPy included.",

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mock_engine import columns
 from mock_engine.aiperf_schema import PERCENTILES, summarize
 from mock_engine.columns import Columns, SpillFile, WeightedColumn, summarize_weighted
 from mock_engine.errors import ConfigError
@@ -28,11 +29,14 @@ def weighted_columns(draw):
     return column, np.concatenate([np.repeat(np.asarray(values, np.float64), weight) for values, weight in runs])
 
 
+@pytest.mark.parametrize("max_sorted", [0, columns._MAX_SORTED], ids=["searched", "sorted"])
 @given(weighted_columns())
 @settings(max_examples=150, deadline=None)
-def test_percentiles_are_exactly_numpy_s_of_the_repeated_figures(column_and_repeated):
+def test_percentiles_are_exactly_numpy_s_of_the_repeated_figures(max_sorted, column_and_repeated):
     column, repeated = column_and_repeated
-    metric = summarize_weighted(column.chunks, "ms")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "_MAX_SORTED", max_sorted)
+        metric = summarize_weighted(column.chunks, "ms")
     if not len(repeated):
         assert metric is None
         return
