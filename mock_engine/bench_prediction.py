@@ -17,8 +17,8 @@ from mock_engine.simulation import SimulationSettings, simulate
 from mock_engine.workload import Workload
 
 # Mean time from the moment an answer's last token is due to the arrival of its client's next request: sending,
-# AIPerf's bookkeeping, HTTP, tokenizing. At least 6 ms on two cores, and up to 40 where many come back at once.
-TURNAROUND_S = 0.010
+# AIPerf's bookkeeping, HTTP, tokenizing. On two cores 6 ms at least, and up to 40 where many come back at once.
+TURNAROUND_S = 0.015
 
 
 @dataclass(frozen=True, slots=True)

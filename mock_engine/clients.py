@@ -92,6 +92,11 @@ class Clients:
             for number in range(1, self._settings.max_concurrency):
                 at_s = self._settings.ramp_s * number / self._settings.max_concurrency
                 self._clock.call_at(at_s, self._raise_limit)
+        elif self._settings.turnaround_s and self.is_closed_loop and self._settings.max_concurrency is not None:
+            # Those who do not come back at one moment do not come at one in the first place.
+            self._limit = 0
+            for at_s in self._rng.exponential(self._settings.turnaround_s, self._settings.max_concurrency):
+                self._clock.call_at(float(at_s), self._raise_limit)
         if first.arrival_s is None:
             self._ready.append(first)
             self._clock.call_at(0.0, lambda _: self._open_sessions())
