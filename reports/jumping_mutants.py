@@ -62,8 +62,8 @@ MUTANTS = [
     Mutant(
         "a cancel does not cut a run",
         "drive_virtual",
-        "            self._cut_run()\n        self.core.cancel",
-        "            pass\n        self.core.cancel",
+        "            self._cut_run()\n        self._count_waiting(self._clock.now)\n        self.core.cancel",
+        "            pass\n        self._count_waiting(self._clock.now)\n        self.core.cancel",
     ),
     Mutant("a run cut in its second step loses the first", "drive_virtual", "if num_over > 0:", "if num_over > 1:"),
     Mutant(
