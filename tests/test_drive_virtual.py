@@ -60,3 +60,17 @@ def test_what_one_engine_s_last_token_sets_off_is_in_time_for_the_step_another_b
     (flight,) = flights
     assert flight.arrival_s == 2 * TICK_S  # a prefill takes two ticks
     assert flight.first_token_s == 4 * TICK_S
+
+
+@pytest.mark.parametrize("is_single_stepping", [True, False])
+def test_who_is_cancelled_at_the_very_moment_of_the_last_token_does_not_get_it(is_single_stepping):
+    """The outside comes first, also when it made up its mind long after the run of steps was planned."""
+    clock, notes = VirtualClock(), Notes()
+    drive = VirtualDrive(clock, make_core(timing=ticking_step_s), notes, is_single_stepping=is_single_stepping)
+    flight = drive.submit(Request("r", 4, 10))
+    last_s = 11 * TICK_S  # two ticks of prefill, nine of decode
+    clock.call_at(5.5 * TICK_S, lambda _: clock.call_at(last_s, lambda _: drive.cancel(flight)))
+    clock.run()
+    assert clock.now >= last_s
+    assert notes.flights == []
+    assert flight.sequence.num_output_tokens == 9
