@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -25,9 +24,10 @@ from rich.console import Console
 
 from mock_engine.bench_prediction import predict
 from mock_engine.bench_report import print_table, write_report
-from mock_engine.bench_results import AIPERF_EXPORT, Results, read_results
+from mock_engine.bench_results import AIPERF_EXPORT, read_results
 from mock_engine.errors import ConfigError, ProcessError
 from mock_engine.fleet import Fleet, FleetSettings
+from mock_engine.json_file import write_json
 from mock_engine.load import Load, aiperf_environment
 from mock_engine.serve import print_plain
 
@@ -59,9 +59,8 @@ def bench(
     if not (folder / "aiperf" / AIPERF_EXPORT).is_file():
         raise ProcessError(f"AIPerf ended with exit status {status} and without results. Its log: {folder}/aiperf/logs")
     results = read_results(folder, fleet, prediction, ready_unix_s)
-    _write_json(folder / "bench.json", results)
-    if json_path is not None:
-        _write_json(json_path, results)
+    write_json(folder / "bench.json", results.to_json())
+    write_json(json_path, results.to_json())
     write_report(folder, results)
     print_table(results, console)
     print_plain(console, f"\nreport: {folder / 'report.md'}")
@@ -102,7 +101,3 @@ def stop_aiperf(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _write_json(path: Path, results: Results) -> None:
-    path.write_text(json.dumps(results.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mock_engine.errors import ProfileError
+from mock_engine.json_file import write_json
 from mock_engine.profile import Profile, check_profile, list_profiles, load_profile
 from mock_engine.step import PrefillChunk, StepLoad
 from mock_engine.timing import TimingModel
@@ -22,8 +22,7 @@ _SHOWN_DECODES = ((1, 1024), (32, 1024), (128, 1024), (32, 8192))  # batch size,
 def list_command(json_path: Path | None, console: Console) -> int:
     """Print the shipped profiles, one a row."""
     profiles = [load_profile(name) for name in list_profiles()]
-    if json_path is not None:
-        _write(json_path, [summarize(profile) for profile in profiles])
+    write_json(json_path, [summarize(profile) for profile in profiles])
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("profile", no_wrap=True)
     for column in ("KV tokens", "decode", "prefill"):
@@ -47,8 +46,7 @@ def show_command(name: str, json_path: Path | None, console: Console) -> int:
     """Print all there is to know about one profile. Raises `ProfileError`."""
     profile = load_profile(name)
     summary = summarize(profile)
-    if json_path is not None:
-        _write(json_path, summary)
+    write_json(json_path, summary)
     for key, value in summary.items():
         if isinstance(value, dict):
             console.print(f"[bold]{key}[/bold]")
@@ -62,8 +60,7 @@ def show_command(name: str, json_path: Path | None, console: Console) -> int:
 def check_command(names: list[str], json_path: Path | None, console: Console) -> int:
     """Check profiles by name or folder, or all shipped ones. Raises `ProfileError` with the first problem, if any."""
     problems = {name: check_profile(name) for name in names or list_profiles()}
-    if json_path is not None:
-        _write(json_path, problems)
+    write_json(json_path, problems)
     for name, found in problems.items():
         console.print(f"{name}: {f'{len(found)} wrong' if found else 'fine'}", highlight=False, soft_wrap=True)
     lines = [line for found in problems.values() for line in found]
@@ -110,7 +107,3 @@ def summarize(profile: Profile) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mock_engine.fleet import Fleet, FleetSettings
+from mock_engine.json_file import write_json
 from mock_engine.live_view import FleetView
 from mock_engine.recorder import TimelineRow
 
@@ -35,8 +36,7 @@ def serve(settings: FleetSettings, json_path: Path | None, console: Console) -> 
         json_path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="mock-engine-") as folder, Fleet(settings, Path(folder)) as fleet:
         print_welcome(fleet, console)
-        if json_path is not None:
-            json_path.write_text(json.dumps(describe(fleet), indent=2) + "\n", encoding="utf-8")
+        write_json(json_path, describe(fleet))
         try:
             if console.is_terminal:
                 _watch_live(fleet, console)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mock_engine.drive_virtual import Observer
 from mock_engine.engine_settings import flag_of
 from mock_engine.errors import ConfigError
+from mock_engine.json_file import write_json
 from mock_engine.parallel import make_pool
 from mock_engine.simulate_flags import settings_from_flags, swept_flags
 from mock_engine.simulation import SimulationSettings, simulate, unobserved
@@ -70,7 +70,7 @@ def _simulate(flags: argparse.Namespace, console: Console) -> int:
     wall_s = time.perf_counter() - start_s
     print_results(settings, results, console)
     console.print(f"\nsimulated {results.simulated_s:,.1f} s in {wall_s:.3f} s", highlight=False)
-    _write_json(flags.json, results.to_json())
+    write_json(flags.json, results.to_json())
     if flags.plots is not None:
         from mock_engine.simulation_plots import plot_latency, plot_timeline
 
@@ -86,7 +86,7 @@ def _sweep(flags: argparse.Namespace, console: Console) -> int:
     points = [SweepPoint(values, each) for (values, _), each in zip(swept, results, strict=True)]
     print_sweep(points, console)
     front = pareto_front(points)
-    _write_json(
+    write_json(
         flags.json,
         {
             "points": [{"swept": point.swept, **point.results.to_json()} for point in points],
@@ -106,13 +106,8 @@ def _find_max(flags: argparse.Namespace, console: Console) -> int:
     with make_pool(flags.processes, flags.ray) as pool, _progress(console, "simulations", None) as on_done:
         found = find_max_rate(settings, attainment, pool, on_done)
     print_max_rate(settings, found, attainment, console)
-    _write_json(flags.json, found.to_json())
+    write_json(flags.json, found.to_json())
     return 0 if found.best else 1
-
-
-def _write_json(path: Path | None, values: dict[str, object]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_folder(flag: str, path: Path | None) -> None:
