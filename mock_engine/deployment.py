@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -26,7 +26,7 @@ import simpy
 from numpy.typing import NDArray
 
 from mock_engine.drive_virtual import Flight, Observer, Stretch, VirtualClock, VirtualDrive
-from mock_engine.engine_settings import Engine, EngineSettings, build_engine
+from mock_engine.engine_settings import Engine, EngineSettings, build_engines
 from mock_engine.errors import ConfigError, RequestError
 from mock_engine.request import Request
 from mock_engine.routing import RoutedLoad, Router, RouterSettings, make_router
@@ -261,25 +261,25 @@ class Deployment:
         self._waiting: deque[Job] = deque()  # while no worker is up, of either role
         rng = np.random.default_rng([settings.groups[0].engine.seed, 1])
         for group in settings.groups:
-            for worker in range(len(self._workers()), len(self._workers()) + group.num_workers):
-                for dp_rank in range(settings.data_parallel_size):
-                    engine = build_engine(
-                        replace(group.engine, seed=group.engine.seed + len(self.ranks)),
-                        partial(on_unmeasured, group.engine.profile),
+            first_rank = len(self.ranks)
+            first_seed = group.engine.seed + first_rank
+            seeds = range(first_seed, first_seed + group.num_workers * settings.data_parallel_size)
+            engines = build_engines(group.engine, seeds, partial(on_unmeasured, group.engine.profile))
+            for rank, engine in enumerate(engines, first_rank):
+                worker, dp_rank = divmod(rank, settings.data_parallel_size)
+                self.ranks.append(
+                    Rank(
+                        worker,
+                        group.role,
+                        engine,
+                        clock,
+                        gaps,
+                        usage_of(group.role),
+                        self._rank_finished,
+                        observer_of(worker, dp_rank),
+                        settings.router.router_mode == "kv",
                     )
-                    self.ranks.append(
-                        Rank(
-                            worker,
-                            group.role,
-                            engine,
-                            clock,
-                            gaps,
-                            usage_of(group.role),
-                            self._rank_finished,
-                            observer_of(worker, dp_rank),
-                            settings.router.router_mode == "kv",
-                        )
-                    )
+                )
         block_sizes = {rank.engine.block_size for rank in self.ranks}
         if len(block_sizes) > 1:
             raise ConfigError(
@@ -293,7 +293,7 @@ class Deployment:
             if any(rank.role == role for rank in self.ranks)
         }
         self._entry = self._pools.get("agg") or self._pools["prefill"]
-        for worker in self._workers():
+        for worker in range(settings.num_workers):
             clock.call_at(settings.start_s(worker), lambda _, worker=worker: self._start(worker))  # type: ignore[misc]
         for worker, time_s in settings.losses_s.items():
             clock.call_at(time_s, lambda _, worker=worker: self._lose(worker))  # type: ignore[misc]
@@ -322,9 +322,6 @@ class Deployment:
             job = self._waiting.popleft()
             if not job.is_cancelled:
                 self._fail(job, "no worker was up to take it")
-
-    def _workers(self) -> range:
-        return range(self.ranks[-1].worker + 1 if self.ranks else 0)
 
     @property
     def _is_up(self) -> bool:

@@ -8,7 +8,7 @@ profile's value: what the engine of that profile would use.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -105,7 +105,16 @@ def build_engine(settings: EngineSettings, on_unmeasured: Callable[[StepLoad], N
 
     `on_unmeasured` is called for the first step whose load lies outside what the profile measured.
     """
+    (engine,) = build_engines(settings, [settings.seed], on_unmeasured)
+    return engine
+
+
+def build_engines(
+    settings: EngineSettings, seeds: Iterable[int], on_unmeasured: Callable[[StepLoad], None] = lambda _: None
+) -> list[Engine]:
+    """The same for engines that differ in their seeds alone; the profile is read once for all of them."""
     profile = load_profile(settings.profile)
+    timing = TimingModel(profile)
     block_size = settings.block_size or profile.block_size
     num_blocks = settings.num_gpu_blocks_override or (
         profile.total_kv_blocks(settings.gpu_memory_utilization) * profile.block_size // block_size
@@ -117,10 +126,13 @@ def build_engine(settings: EngineSettings, on_unmeasured: Callable[[StepLoad], N
         max_model_len=settings.max_model_len or min(profile.max_model_len, num_blocks * block_size),
         enable_chunked_prefill=settings.enable_chunked_prefill,
     )
-    scheduler = Scheduler(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
-    jitter = StepJitter(profile.jitter_cv if settings.jitter is None else settings.jitter, settings.seed)
-    times = StepTimes(TimingModel(profile), jitter, on_unmeasured)
-    return Engine(Core(scheduler, times), profile, config, block_size, num_blocks)
+    jitter_cv = profile.jitter_cv if settings.jitter is None else settings.jitter
+    engines = []
+    for seed in seeds:
+        scheduler = Scheduler(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
+        times = StepTimes(timing, StepJitter(jitter_cv, seed), on_unmeasured)
+        engines.append(Engine(Core(scheduler, times), profile, config, block_size, num_blocks))
+    return engines
 
 
 def flag_of(name: str) -> str:

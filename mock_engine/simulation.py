@@ -26,7 +26,6 @@ from mock_engine.state_log import StateLog, Timeline, Usage
 from mock_engine.step import StepLoad
 from mock_engine.workload import Workload
 
-_DEFAULT_CANCEL_AFTER_S = 0.0
 _PROGRESS_EVERY = 256  # ended requests
 _KEEPS_UP = 0.9  # answered of offered; the rest is what the last requests take after the last was sent
 
@@ -209,7 +208,7 @@ def simulate(
             end_s=workload.benchmark_duration or float("inf"),
             turnaround_s=settings.client_turnaround_s,
             cancelled_share=(workload.request_cancellation_rate or 0.0) / 100,
-            cancel_after_s=workload.request_cancellation_delay or _DEFAULT_CANCEL_AFTER_S,
+            cancel_after_s=workload.request_cancellation_delay or 0.0,
         ),
         default_rng([workload.random_seed or 0, 2]),
     )
