@@ -18,57 +18,46 @@ Observed on ai-dynamo 1.2.1 to 1.6.1, and what `async for` does not show:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from conformance.context import RequestContext
 
-class BridgeContext:
-    """The documented part of Dynamo's `Context`; anything else raises AttributeError."""
-
-    def __init__(self, request_id: str, controller: BridgeContext | None = None) -> None:
-        self._id = request_id
-        self._stopped: list[bool] = controller._stopped if controller is not None else []
-
-    def id(self) -> str:
-        return self._id
-
-    def is_stopped(self) -> bool:
-        return bool(self._stopped)
-
-    def is_killed(self) -> bool:
-        return False
-
-    def stop_generating(self) -> None:
-        self._stopped.append(True)
-
-    def fresh(self) -> BridgeContext:
-        """Another object for the same request, as `abort` gets it."""
-        return BridgeContext(self._id, self)
+FOREIGN_THREAD = "foreign"  # how the thread without an event loop is called, for those who count threads
+_foreign = ThreadPoolExecutor(1, thread_name_prefix=FOREIGN_THREAD)
+_foreign.submit(int).result()  # it lives before any engine does, so that no engine is blamed for it
 
 
 class BridgeStream:
     """One request on its way through the bridge. Errors of the engine come out of `read`."""
 
-    def __init__(self, engine: Any, request: Mapping[str, Any], context: BridgeContext) -> None:
+    def __init__(
+        self, engine: Any, request: Mapping[str, Any], context: RequestContext, *, reads_on: bool = False
+    ) -> None:
+        """`reads_on`: go on after the terminal chunk, as Dynamo's own test kit does and its worker never does."""
         self._engine = engine
         self.context = context
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bridge")
+        self._reads_on = reads_on
         self._held = [engine.generate(request, context=context)]
         self._is_over = False
+        self.task: asyncio.Task[Any] | None = None  # the step that runs now
 
     async def read(self) -> Mapping[str, Any] | None:
         """The next chunk; None after the terminal one, where the real adapter stops reading."""
         if self._is_over:
             return None
-        loop = asyncio.get_running_loop()
-        step = await loop.run_in_executor(self._thread, lambda: self._held[0].__anext__())
+        step = await _on_foreign_thread(lambda: self._held[0].__anext__())
+        self.task = asyncio.get_running_loop().create_task(_run(step))
+        del step  # it holds the stream
         try:
-            chunk: Mapping[str, Any] = await loop.create_task(_run(step))
+            chunk: Mapping[str, Any] = await self.task
         except StopAsyncIteration:
             self._is_over = True
             return None
-        self._is_over = bool(chunk.get("finish_reason"))
+        finally:
+            self.task = None
+        self._is_over = not self._reads_on and isinstance(chunk, Mapping) and bool(chunk.get("finish_reason"))
         return chunk
 
     async def abort(self) -> None:
@@ -78,8 +67,7 @@ class BridgeStream:
 
     async def drop(self) -> None:
         """Let go of the stream on a thread without an event loop; it is never closed."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._held.clear)
-        self._thread.shutdown()
+        await _on_foreign_thread(self._held.clear)
 
     async def read_all(self) -> list[Mapping[str, Any]]:
         """All chunks up to the terminal one, then drop the stream."""
@@ -92,5 +80,39 @@ class BridgeStream:
         return chunks
 
 
+async def _on_foreign_thread(call: Callable[[], Any]) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(_foreign, call)
+
+
 async def _run(step: Any) -> Any:
     return await step
+
+
+class PlainStream:
+    """The same interface over a plain `async for`: one task, closed when it is dropped."""
+
+    def __init__(
+        self, engine: Any, request: Mapping[str, Any], context: RequestContext, *, reads_on: bool = True
+    ) -> None:
+        del reads_on  # a plain loop always reads to the end
+        self._engine = engine
+        self.context = context
+        self._stream: Any = engine.generate(request, context=context)
+        self.task: asyncio.Task[Any] | None = None
+
+    async def read(self) -> Mapping[str, Any] | None:
+        self.task = asyncio.current_task()
+        try:
+            chunk: Mapping[str, Any] = await self._stream.__anext__()
+        except StopAsyncIteration:
+            return None
+        finally:
+            self.task = None
+        return chunk
+
+    async def abort(self) -> None:
+        self.context.stop_generating()
+        await self._engine.abort(self.context.fresh())
+
+    async def drop(self) -> None:
+        await self._stream.aclose()

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conformance.bridge import BridgeContext, BridgeStream
+from conformance.bridge import BridgeStream
+from conformance.context import RequestContext
 from mock_engine.dynamo_release import EngineShutdown, InvalidArgument
 from mock_engine.engine_settings import DEFAULT_PROFILE, DEFAULT_TOKENIZER, load_profile
 from mock_engine.llm_engine import MockLLMEngine
@@ -110,7 +111,7 @@ def check_shape(chunks, isl_tokens):
 
 
 async def answer(engine, request, request_id="r"):
-    return await BridgeStream(engine, request, BridgeContext(request_id)).read_all()
+    return await BridgeStream(engine, request, RequestContext(request_id)).read_all()
 
 
 async def tokens_of(engine, request):
@@ -119,7 +120,7 @@ async def tokens_of(engine, request):
 
 async def stream_at(engine, moment):
     """A stream with a long answer ahead, and the read that is pending, if one is."""
-    stream = BridgeStream(engine, LONG, BridgeContext("r"))
+    stream = BridgeStream(engine, LONG, RequestContext("r"))
     if moment == "before the first read":
         return stream, None
     await stream.read()
@@ -261,7 +262,7 @@ def test_full_blocks_of_a_repeated_prompt_come_out_of_the_cache(isl_tokens, num_
 def test_a_slow_reader_finds_the_tokens_of_several_steps_in_one_chunk():
     async def main():
         async with serving() as engine:
-            stream = BridgeStream(engine, LONG, BridgeContext("r"))
+            stream = BridgeStream(engine, LONG, RequestContext("r"))
             first = await stream.read()
             await asyncio.sleep(1.0)
             last = await stream.read()
@@ -446,7 +447,7 @@ def test_dropping_a_stream_on_a_thread_without_a_loop_gives_everything_back(mome
 def test_a_read_that_is_cancelled_gives_everything_back(n):
     async def main():
         async with serving() as engine:
-            stream = BridgeStream(engine, {**LONG, "sampling_options": {"n": n}}, BridgeContext("r"))
+            stream = BridgeStream(engine, {**LONG, "sampling_options": {"n": n}}, RequestContext("r"))
             for _ in range(n):
                 await stream.read()
             read = asyncio.create_task(stream.read())
@@ -464,7 +465,7 @@ def test_a_read_that_is_cancelled_gives_everything_back(n):
 def test_aclose_gives_everything_back_before_it_returns(num_read):
     async def main():
         async with serving() as engine:
-            stream = engine.generate(LONG, BridgeContext("r"))
+            stream = engine.generate(LONG, RequestContext("r"))
             for _ in range(num_read):
                 await anext(stream)
             await stream.aclose()
@@ -477,14 +478,14 @@ def test_aclose_gives_everything_back_before_it_returns(num_read):
 def test_a_request_can_be_let_go_before_its_first_step_while_another_s_step_runs(way):
     async def main():
         async with serving() as engine:
-            busy = BridgeStream(engine, LONG, BridgeContext("busy"))
+            busy = BridgeStream(engine, LONG, RequestContext("busy"))
             await busy.read()
-            stream = BridgeStream(engine, LONG, BridgeContext("r"))
+            stream = BridgeStream(engine, LONG, RequestContext("r"))
             read = asyncio.create_task(stream.read())
             await asyncio.sleep(1e-6)
             assert len(engine._drive._arrivals) == 1
             if way == "abort":
-                await engine.abort(BridgeContext("r"))
+                await engine.abort(RequestContext("r"))
             elif way == "cleanup":
                 await engine.cleanup()
             else:
@@ -502,10 +503,10 @@ def test_a_request_can_be_let_go_before_its_first_step_while_another_s_step_runs
 def test_abort_of_an_id_that_nobody_has_changes_nothing():
     async def main():
         async with serving() as engine:
-            await engine.abort(BridgeContext("nobody"))
-            stream = BridgeStream(engine, SHORT, BridgeContext("r"))
+            await engine.abort(RequestContext("nobody"))
+            stream = BridgeStream(engine, SHORT, RequestContext("r"))
             await stream.read()
-            await engine.abort(BridgeContext("nobody"))
+            await engine.abort(RequestContext("nobody"))
             assert num_working(engine) == 1
             rest = await stream.read_all()
             assert rest[-1]["finish_reason"] == "length"
@@ -516,11 +517,11 @@ def test_abort_of_an_id_that_nobody_has_changes_nothing():
 def test_abort_lets_go_of_every_stream_with_the_id_and_of_no_other():
     async def main():
         async with serving() as engine:
-            streams = [BridgeStream(engine, LONG, BridgeContext(request_id)) for request_id in ("a", "a", "b", "a")]
+            streams = [BridgeStream(engine, LONG, RequestContext(request_id)) for request_id in ("a", "a", "b", "a")]
             for stream in streams:
                 await stream.read()
             await streams[0].drop()
-            await engine.abort(BridgeContext("a"))
+            await engine.abort(RequestContext("a"))
             assert num_working(engine) == 1
             assert [(await stream.read_all())[-1]["finish_reason"] for stream in streams[1:]] == [
                 "cancelled",
@@ -556,7 +557,7 @@ class Client:
             "sampling_options": {"n": num_choices},
         }
         self.isl_tokens = len(request["token_ids"])
-        self.stream = BridgeStream(engine, request, BridgeContext(f"r{number % 5}"))
+        self.stream = BridgeStream(engine, request, RequestContext(f"r{number % 5}"))
         self.chunks = []
         self.pending = None
         self.has_left = False  # it, or somebody with the same id, stopped the request
@@ -658,7 +659,7 @@ def test_cleanup_ends_open_streams_and_a_second_one_does_nothing(moment):
 def test_streams_can_be_dropped_and_aborted_after_cleanup():
     async def main():
         async with serving() as engine:
-            streams = [BridgeStream(engine, LONG, BridgeContext("r")) for _ in range(3)]
+            streams = [BridgeStream(engine, LONG, RequestContext("r")) for _ in range(3)]
             for stream in streams:
                 await stream.read()
             await engine.cleanup()
@@ -680,7 +681,7 @@ def test_nobody_is_served_before_start_or_after_cleanup():
         await engine.cleanup()
         with pytest.raises(EngineShutdown):
             await answer(engine, SHORT)
-        await engine.abort(BridgeContext("r"))
+        await engine.abort(RequestContext("r"))
 
     run(main())
 
@@ -690,7 +691,7 @@ def test_cleanup_works_before_start_and_twice():
         engine, _ = await MockLLMEngine.from_args(SMALL)
         await engine.cleanup()
         await engine.cleanup()
-        await engine.abort(BridgeContext("r"))
+        await engine.abort(RequestContext("r"))
         assert await engine.is_quiescent()
 
     run(main())
@@ -717,7 +718,7 @@ def test_cleanup_works_after_a_start_that_failed(tmp_path):
 def test_a_bug_in_the_engine_reaches_readers_as_engine_shutdown_and_cleanup_still_works(caplog):
     async def main():
         async with serving() as engine:
-            stream = BridgeStream(engine, LONG, BridgeContext("r"))
+            stream = BridgeStream(engine, LONG, RequestContext("r"))
             await stream.read()
             engine._drive.core.end_step_with_tokens = lambda *_: (
                 1 / 0
@@ -735,7 +736,7 @@ def test_the_engine_is_quiescent_and_drained_once_the_last_request_has_ended():
     async def main():
         async with serving() as engine:
             assert await engine.is_quiescent()
-            stream = BridgeStream(engine, LONG, BridgeContext("r"))
+            stream = BridgeStream(engine, LONG, RequestContext("r"))
             await stream.read()
             assert not await engine.is_quiescent()
             drained = asyncio.create_task(engine.drain())
@@ -862,15 +863,15 @@ def test_finished_and_cancelled_requests_are_recorded(tmp_path):
         async with serving("--record", str(tmp_path)) as engine:
             await answer(engine, SHORT, "whole")
             await answer(engine, {**SHORT, "sampling_options": {"n": 2}}, "two choices")
-            aborted = BridgeStream(engine, LONG, BridgeContext("aborted"))
+            aborted = BridgeStream(engine, LONG, RequestContext("aborted"))
             await aborted.read()
             await aborted.abort()
             await aborted.read_all()
-            dropped = BridgeStream(engine, LONG, BridgeContext("dropped"))
+            dropped = BridgeStream(engine, LONG, RequestContext("dropped"))
             await dropped.read()
             await asyncio.sleep(0.3)  # a row of the timeline falls into it
             await dropped.drop()
-            half = BridgeStream(engine, {"token_ids": PROMPT, "sampling_options": {"n": 2}}, BridgeContext("half"))
+            half = BridgeStream(engine, {"token_ids": PROMPT, "sampling_options": {"n": 2}}, RequestContext("half"))
             while (await half.read())["token_ids"][-1] != eos_token_id:
                 pass
             await half.drop()

@@ -1,0 +1,785 @@
+"""
+Rules on what `generate` yields.
+
+The checks named `*_of` are pure: they take a transcript and raise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from conformance import release
+from conformance.bench import Bench, Draw
+from conformance.rules import check
+from conformance.rules.machine import concurrent_requests
+from conformance.runner_errors import NotHere
+from conformance.streams import Stream
+from conformance.transcript import Transcript, expect, tokens_of
+from conformance.wire import MAX_INT32, as_float32, prompts, requests, sampling_options, wire_request
+
+MAX_U32 = 2**32 - 1
+MAX_U64 = 2**64 - 1
+# What LLMEngineOutput in lib/llm (protocols/common/llm_backend.rs) has, 1.2.1 to 1.6.1; anything else vanishes.
+KNOWN_KEYS = frozenset(
+    {
+        "token_ids",
+        "tokens",
+        "text",
+        "cum_log_probs",
+        "log_probs",
+        "top_logprobs",
+        "finish_reason",
+        "stop_reason",
+        "index",
+        "mm_embeddings",
+        "disaggregated_params",
+        "extra_args",
+        "completion_usage",
+        "encoder_result",
+        "engine_data",
+        "worker_trace_link",
+    }
+)
+ALL_TOKENS_S = 256  # a budget of that many tokens cannot be a library's default of 16 or 128
+
+
+# One stream: its ends.
+
+
+@check("gen.terminal_once")
+async def terminal_once(bench: Bench, draw: Draw) -> None:
+    stop_after = draw(st.none() | st.integers(0, 3))
+    terminal_once_of(await bench.talk(draw(requests()), reads_on=True, stop_after=stop_after))
+
+
+def terminal_once_of(transcript: Transcript) -> None:
+    terminals = transcript.terminals
+    num_chunks = len(transcript.chunks)
+    if transcript.error is not None:
+        expect(
+            not terminals,
+            f"chunk {terminals[:1]} has a finish_reason, and then the stream raised "
+            f"{type(transcript.error).__name__}; a stream ends once",
+            transcript,
+        )
+        return
+    expect(
+        terminals == [num_chunks - 1],
+        f"finish_reason is on chunks {terminals} of {num_chunks}; it belongs on the last one and on no other",
+        transcript,
+        shows="[i for i, chunk in enumerate(chunks) if chunk.get('finish_reason')] == [len(chunks) - 1]",
+    )
+
+
+@check("gen.nonempty")
+async def nonempty(bench: Bench, draw: Draw) -> None:
+    request = draw(requests(max_tokens=st.none() | st.integers(1, 4)))
+    nonempty_of(await bench.talk(request, stop_after=4))
+
+
+def nonempty_of(transcript: Transcript) -> None:
+    expect(
+        transcript.chunks or transcript.error is not None,
+        "the stream ended without a chunk and without an error",
+        transcript,
+        shows="len(chunks) > 0",
+    )
+
+
+@check("gen.finish_reason")
+async def finish_reason(bench: Bench, draw: Draw) -> None:
+    stop_after = draw(st.none() | st.integers(0, 3))
+    finish_reason_of(await bench.talk(draw(requests()), stop_after=stop_after))
+
+
+def finish_reason_of(transcript: Transcript) -> None:
+    for chunk in transcript.chunks:
+        reason = chunk.get("finish_reason") if isinstance(chunk, Mapping) else None
+        expect(
+            reason is None or release.is_known_finish_reason(reason),
+            f"finish_reason is {reason!r}; ai-dynamo {release.dynamo_version()} takes "
+            f"{', '.join(sorted(release.FINISH_REASONS))} and refuses others as the client's error",
+            transcript,
+            shows=f"all(chunk.get('finish_reason') in {[None, *sorted(release.FINISH_REASONS)]} for chunk in chunks)",
+        )
+
+
+# One chunk: its shape.
+
+
+@check("gen.chunk_mapping")
+async def chunk_mapping(bench: Bench, draw: Draw) -> None:
+    chunk_mapping_of(await bench.talk(draw(requests()), stop_after=draw(st.none() | st.integers(0, 3))))
+
+
+def chunk_mapping_of(transcript: Transcript) -> None:
+    for chunk in transcript.chunks:
+        expect(
+            isinstance(chunk, Mapping),
+            f"a chunk is {type(chunk).__name__}; the bridge takes mappings only",
+            transcript,
+            shows="all(isinstance(chunk, dict) for chunk in chunks)",
+        )
+        keys = [key for key in chunk if not isinstance(key, str)]
+        expect(not keys, f"a chunk has the keys {keys!r}; keys are str", transcript)
+        expect(
+            "token_ids" in chunk,
+            f"a chunk has no token_ids, only {sorted(chunk)}; every chunk has it, [] where there is no token",
+            transcript,
+            shows="all('token_ids' in chunk for chunk in chunks)",
+        )
+
+
+@check("gen.token_ids")
+async def token_ids(bench: Bench, draw: Draw) -> None:
+    token_ids_of(await bench.talk(draw(requests()), stop_after=draw(st.none() | st.integers(0, 3))))
+
+
+def token_ids_of(transcript: Transcript) -> None:
+    for chunk in transcript.chunks:
+        if not isinstance(chunk, Mapping) or "token_ids" not in chunk:
+            continue  # gen.chunk_mapping says so
+        ids = chunk["token_ids"]
+        expect(
+            isinstance(ids, list | tuple | set | frozenset | range | bytes),
+            f"token_ids is {type(ids).__name__}; the bridge takes a list (or another sequence or set) of ints",
+            transcript,
+            shows="all(isinstance(chunk['token_ids'], list) for chunk in chunks)",
+        )
+        for token_id in ids:
+            expect(
+                _is_integer(token_id) and 0 <= int(token_id) <= MAX_U32,
+                f"token_ids holds {token_id!r}; token ids are ints from 0 to 2^32 - 1",
+                transcript,
+                shows="all(isinstance(t, int) and 0 <= t < 2**32 for chunk in chunks for t in chunk['token_ids'])",
+            )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, float | str | bytes))
+
+
+@check("gen.index")
+async def index(bench: Bench, draw: Draw) -> None:
+    index_of(await bench.talk(draw(requests()), stop_after=draw(st.none() | st.integers(0, 3))))
+
+
+def index_of(transcript: Transcript) -> None:
+    for chunk in transcript.chunks:
+        if not isinstance(chunk, Mapping):
+            continue
+        value = chunk.get("index")
+        expect(
+            _is_integer(value) and not isinstance(value, bool) and 0 <= int(value or 0) <= MAX_U32,
+            f"index is {value!r}; every chunk has an int of at least 0, and 0 where there is one choice",
+            transcript,
+            shows="all(type(chunk.get('index')) is int for chunk in chunks)",
+        )
+
+
+@check("gen.known_keys")
+async def known_keys(bench: Bench, draw: Draw) -> None:
+    output = draw(st.fixed_dictionaries({}, optional={"logprobs": st.integers(0, 3)}))
+    transcript = await bench.talk(draw(requests(output=output)), stop_after=draw(st.none() | st.integers(0, 3)))
+    known_keys_of(transcript)
+
+
+def known_keys_of(transcript: Transcript) -> None:
+    for chunk in transcript.chunks:
+        unknown = sorted(str(key) for key in set(chunk) - KNOWN_KEYS) if isinstance(chunk, Mapping) else []
+        expect(
+            not unknown,
+            f"a chunk has the keys {unknown}, which nobody reads; known are {', '.join(sorted(KNOWN_KEYS))}",
+            transcript,
+            shows=f"all(set(chunk) <= {sorted(KNOWN_KEYS)!r} for chunk in chunks)".replace("<= [", "<= set([").replace(
+                "] for", "]) for"
+            ),
+        )
+
+
+@check("gen.json_safe")
+async def json_safe(bench: Bench, draw: Draw) -> None:
+    output = draw(st.fixed_dictionaries({}, optional={"logprobs": st.integers(0, 3), "prompt_logprobs": st.just(1)}))
+    json_safe_of(await bench.talk(draw(requests(output=output)), stop_after=draw(st.none() | st.integers(0, 3))))
+
+
+def json_safe_of(transcript: Transcript) -> None:
+    for chunk in transcript.chunks:
+        if not isinstance(chunk, Mapping):
+            continue
+        for key in set(chunk) - {"token_ids"}:
+            problem = not_json_safe(chunk[key])
+            expect(
+                not problem,
+                f"{key} holds {problem}; only None, bool, int below 2^64, float, str, list and dict with str keys cross",
+                transcript,
+                shows="[__import__('json').dumps(chunk) for chunk in chunks]",
+            )
+
+
+def not_json_safe(value: Any) -> str:
+    """What in `value` cannot cross to the Rust side as JSON, or ""."""
+    if value is None or isinstance(value, bool | str):
+        return ""
+    if type(value).__module__.split(".")[0] in ("numpy", "torch"):
+        return f"a {type(value).__module__}.{type(value).__name__}"
+    if isinstance(value, int):
+        return "" if -(2**63) <= value <= MAX_U64 else f"the int {value}"
+    if isinstance(value, float):
+        return ""
+    if isinstance(value, Mapping):
+        keys = [key for key in value if not isinstance(key, str)]
+        return f"the key {keys[0]!r}" if keys else next(filter(None, map(not_json_safe, value.values())), "")
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(not_json_safe, value)), "")
+    return f"a {type(value).__name__}"
+
+
+# Tokens and budgets.
+
+
+@check("gen.delta_not_cumulative")
+async def delta_not_cumulative(bench: Bench, draw: Draw) -> None:
+    budget = draw(st.integers(3, 12))
+    request = draw(requests(max_tokens=st.just(budget)))
+    delta_not_cumulative_of(await bench.answer(request), budget)
+
+
+def delta_not_cumulative_of(transcript: Transcript, budget: int) -> None:
+    parts = [tokens for chunk in transcript.chunks if (tokens := tokens_of(chunk))]
+    repeats = [
+        i
+        for i in range(1, len(parts))
+        if len(parts[i]) > len(parts[i - 1]) and parts[i][: len(parts[i - 1])] == parts[i - 1]
+    ]
+    is_cumulative = len(repeats) == len(parts) - 1 and len(parts) > 1
+    expect(
+        not is_cumulative,
+        "every chunk begins with all tokens of the chunk before it; token_ids are the new tokens only",
+        transcript,
+        shows="sum(len(chunk['token_ids']) for chunk in chunks) == len(chunks[-1]['token_ids']) or len(chunks) < 2"
+        f" or sum(len(chunk['token_ids']) for chunk in chunks) <= {budget}",
+    )
+
+
+@check("gen.max_tokens")
+async def max_tokens(bench: Bench, draw: Draw) -> None:
+    budget = draw(st.integers(1, 12))
+    # A min_tokens above the budget is a contradiction that no client may send; below it, it says nothing here.
+    request = draw(requests(max_tokens=st.just(budget)))
+    max_tokens_of(await bench.answer(request), budget)
+
+
+def max_tokens_of(transcript: Transcript, budget: int) -> None:
+    num_tokens = len(transcript.token_ids)
+    expect(
+        num_tokens <= budget,
+        f"{num_tokens} tokens for max_tokens={budget}",
+        transcript,
+        shows=f"sum(len(chunk['token_ids']) for chunk in chunks) <= {budget}",
+    )
+    reason = transcript.finish_reason
+    expect(
+        num_tokens > 0 or reason in ("stop", "eos", "content_filter"),
+        f"no token for max_tokens={budget}, and finish_reason {reason!r}",
+        transcript,
+        shows="sum(len(chunk['token_ids']) for chunk in chunks) > 0",
+    )
+    if num_tokens < budget:
+        expect(
+            reason != "length",
+            f"finish_reason is 'length' after {num_tokens} tokens of max_tokens={budget}, far from the context's end",
+            transcript,
+            shows=f"sum(len(chunk['token_ids']) for chunk in chunks) == {budget}",
+        )
+    else:
+        expect(
+            reason in ("length", "stop", "eos"),
+            f"finish_reason is {reason!r} when max_tokens={budget} is reached; it is 'length'",
+            transcript,
+            shows="chunks[-1]['finish_reason'] in ('length', 'stop', 'eos')",
+        )
+
+
+@check("gen.max_tokens_zero", max_examples=10)
+async def max_tokens_zero(bench: Bench, draw: Draw) -> None:
+    transcript = await bench.talk(draw(requests(max_tokens=st.just(0))))
+    num_tokens = len(transcript.token_ids)
+    expect(
+        num_tokens == 0,
+        f"{num_tokens} tokens for max_tokens=0, as if it were not set; give none and a terminal, or raise InvalidArgument",
+        transcript,
+        shows="sum(len(chunk.get('token_ids', [])) for chunk in chunks) == 0",
+    )
+    if transcript.error is not None:
+        expect(
+            isinstance(transcript.error, _client_errors()),
+            f"max_tokens=0 raised {type(transcript.error).__name__}; the typed error for it is InvalidArgument",
+            transcript,
+        )
+    else:
+        expect(transcript.terminals, "the stream has no terminal chunk", transcript)
+
+
+@check("gen.default_budget", max_examples=6)
+async def default_budget(bench: Bench, draw: Draw) -> None:
+    context = bench.numbers["context_length"]
+    if not isinstance(context, int):
+        raise NotHere("the engine does not say its context_length")
+    request = draw(requests(max_isl=8, max_tokens=st.none()))
+    request["stop_conditions"]["ignore_eos"] = True
+    room = context - len(request["token_ids"])
+    enough = min(room, ALL_TOKENS_S)
+    if bench.facts.gap_s * enough > 20 and not bench.is_virtual:
+        raise NotHere(f"{enough} tokens would take {bench.facts.gap_s * enough:.0f} s")
+    stream = await bench.open(request)
+    await _until_tokens(stream, enough, bench.answer_within_s(enough))
+    stream.stop()
+    transcript = await stream.finish(bench.answer_within_s())
+    num_tokens = len(transcript.token_ids)
+    reason = transcript.finish_reason
+    expect(
+        num_tokens >= enough or reason in ("stop", "eos"),
+        f"without max_tokens the answer ends after {num_tokens} tokens ({reason}), though the context has room for "
+        f"{room}; a client that sets no limit wants the whole answer",
+        transcript,
+        shows=f"sum(len(chunk['token_ids']) for chunk in chunks) >= {enough}",
+    )
+
+
+async def _until_tokens(stream: Stream, num_tokens: int, within_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + within_s
+    num_chunks = 1
+    while len(stream.transcript.token_ids) < num_tokens and not stream.is_over and loop.time() < end_s:
+        await stream.wait_chunks(num_chunks, end_s - loop.time())
+        num_chunks = len(stream.transcript.chunks) + 1
+
+
+@check("gen.stop_tokens")
+async def stop_tokens(bench: Bench, draw: Draw) -> None:
+    base = draw(requests(max_tokens=st.just(12)))
+    base["stop_conditions"]["ignore_eos"] = None
+    base["sampling_options"] = {**base["sampling_options"], "temperature": 0.0}
+    first = await bench.answer(base)
+    again = await bench.answer(copy.deepcopy(base))
+    tokens = first.token_ids
+    if tokens != again.token_ids or len(tokens) < 2:
+        raise NotHere("answers to the same greedy request differ, so what it will say cannot be known")
+    place = draw(st.integers(0, len(tokens) - 1))
+    key = draw(st.sampled_from(["stop_token_ids", "stop_token_ids_hidden", "eos_token_ids"]))
+    min_tokens = draw(st.sampled_from([None, 0, place + 2]))
+    ignore_eos = key == "eos_token_ids" and draw(st.booleans())
+    request = copy.deepcopy(base)
+    request["stop_conditions"]["min_tokens"] = min_tokens
+    request["stop_conditions"]["ignore_eos"] = ignore_eos or None
+    if key == "eos_token_ids":
+        request["eos_token_ids"] = [tokens[place]]
+    else:
+        request["stop_conditions"][key] = [tokens[place]]
+    transcript = await bench.answer(request)
+    ends = [i + 1 for i, token in enumerate(tokens) if token == tokens[place] and i + 1 >= (min_tokens or 0)]
+    expected = len(tokens) if ignore_eos or not ends else ends[0]
+    num_tokens = len(transcript.token_ids)
+    # The stop token itself may be left out of what is sent (a hidden one).
+    allowed = {expected} if expected == len(tokens) and not ends else {expected, expected - 1}
+    expect(
+        num_tokens in allowed,
+        f"{key}=[{tokens[place]}], min_tokens={min_tokens}, ignore_eos={ignore_eos or None}: {num_tokens} tokens came, "
+        f"where {expected} were due (the answer without it is {tokens})",
+        transcript,
+        shows=f"sum(len(chunk['token_ids']) for chunk in chunks) in {sorted(allowed)}",
+    )
+    if ends and not ignore_eos:
+        expect(
+            transcript.finish_reason in ("stop", "eos") or expected == len(tokens),
+            f"finish_reason is {transcript.finish_reason!r} at a stop token; it is 'stop' or 'eos'",
+            transcript,
+            shows="chunks[-1]['finish_reason'] in ('stop', 'eos')",
+        )
+
+
+@check("gen.n", max_examples=12)
+async def n(bench: Bench, draw: Draw) -> None:
+    num_choices = draw(st.integers(2, 4))
+    request = draw(requests(max_tokens=st.integers(1, 6)))
+    request["sampling_options"]["n"] = num_choices
+    transcript = await bench.talk(request, reads_on=True)
+    if transcript.error is not None:
+        expect(
+            isinstance(transcript.error, _client_errors()),
+            f"n={num_choices} raised {type(transcript.error).__name__}; what an engine does not do is InvalidArgument",
+            transcript,
+        )
+        return
+    indices = {chunk.get("index") for chunk in transcript.chunks if isinstance(chunk, Mapping) and tokens_of(chunk)}
+    expect(
+        indices == set(range(num_choices)),
+        f"n={num_choices}, and chunks with tokens have the indices {sorted(indices, key=str)}; "
+        "each of 0 .. n-1 is wanted, or InvalidArgument",
+        transcript,
+        shows=f"{{chunk.get('index') for chunk in chunks if chunk.get('token_ids')}} == set(range({num_choices}))",
+    )
+
+
+@check("gen.context_overflow")
+async def context_overflow(bench: Bench, draw: Draw) -> None:
+    context = bench.numbers["context_length"]
+    if not isinstance(context, int) or context > 200_000:
+        raise NotHere(f"context_length is {context}; prompts around it cannot be made")
+    isl = max(1, context + draw(st.integers(-6, 6) | st.sampled_from([-1, 0, 1, context])))
+    budget = draw(st.integers(1, 12))
+    request = wire_request([7] * isl, max_tokens=budget, stop={"ignore_eos": True})
+    transcript = await bench.talk(request)
+    num_tokens = len(transcript.token_ids)
+    if isl >= context:
+        expect(
+            isinstance(transcript.error, _client_errors()),
+            f"a prompt of {isl} tokens, for a context of {context}, gave "
+            f"{_outcome(transcript)}; it is the client's mistake: InvalidArgument",
+            transcript,
+            shows="'raised' in chunks[-1]",
+        )
+        return
+    if transcript.error is not None:
+        expect(
+            isinstance(transcript.error, _client_errors()),
+            f"a prompt of {isl} tokens, for a context of {context}, raised {_outcome(transcript)}",
+            transcript,
+        )
+        return
+    expect(
+        isl + num_tokens <= context,
+        f"a prompt of {isl} tokens got {num_tokens} more; together they are beyond the context of {context}",
+        transcript,
+        shows=f"sum(len(chunk['token_ids']) for chunk in chunks) <= {context - isl}",
+    )
+
+
+@check("gen.empty_prompt", max_examples=8)
+async def empty_prompt(bench: Bench, draw: Draw) -> None:
+    request = draw(requests())
+    request["token_ids"] = []
+    transcript = await bench.talk(request)
+    if transcript.error is not None:
+        expect(
+            isinstance(transcript.error, _client_errors()),
+            f"an empty prompt raised {_outcome(transcript)}; the typed error for it is InvalidArgument",
+            transcript,
+        )
+    else:
+        expect(transcript.terminals, "an empty prompt gave a stream without a terminal chunk", transcript)
+    after = await bench.talk(draw(requests()))
+    expect(after.error is None, "after an empty prompt the engine serves nobody any more", transcript, after)
+
+
+def _outcome(transcript: Transcript) -> str:
+    if transcript.error is not None:
+        return f"{type(transcript.error).__name__}: {transcript.error}"
+    return f"{len(transcript.token_ids)} tokens and finish_reason {transcript.finish_reason!r}"
+
+
+def _client_errors() -> tuple[type[BaseException], ...]:
+    # The bridge maps ValueError and TypeError to InvalidArgument too; whether that is good is err.typed's question.
+    return (*release.exceptions("InvalidArgument"), ValueError, TypeError)
+
+
+# Usage.
+
+
+@check("gen.usage_present")
+async def usage_present(bench: Bench, draw: Draw) -> None:
+    transcript = await bench.answer(draw(requests()), stop_after=draw(st.none() | st.integers(0, 3)))
+    expect(
+        isinstance(transcript.last.get("completion_usage"), Mapping),
+        "the terminal chunk has no completion_usage; clients see no token counts",
+        transcript,
+        shows="isinstance(chunks[-1].get('completion_usage'), dict)",
+    )
+
+
+@check("gen.usage_arith")
+async def usage_arith(bench: Bench, draw: Draw) -> None:
+    request = draw(requests())
+    usage_arith_of(await bench.talk(request, stop_after=draw(st.none() | st.integers(0, 3))))
+
+
+def usage_arith_of(transcript: Transcript) -> None:
+    num_output = 0
+    for chunk in transcript.chunks:
+        num_output += len(tokens_of(chunk))
+        usage = chunk.get("completion_usage") if isinstance(chunk, Mapping) else None
+        if usage is None:
+            continue
+        keys = ("prompt_tokens", "completion_tokens", "total_tokens")
+        expect(
+            isinstance(usage, Mapping) and all(type(usage.get(key)) is int and usage[key] >= 0 for key in keys),
+            f"completion_usage is {usage!r}; it has {', '.join(keys)}, ints of at least 0, or the bridge refuses the chunk",
+            transcript,
+        )
+        prompt, completion, total = (usage[key] for key in keys)
+        num_prompt = len(transcript.request["token_ids"])
+        expect(
+            (prompt, completion, total) == (num_prompt, num_output, num_prompt + num_output),
+            f"completion_usage is {prompt} + {completion} = {total}; {num_prompt} prompt tokens were sent and "
+            f"{num_output} tokens came: {num_prompt} + {num_output} = {num_prompt + num_output}",
+            transcript,
+            shows=f"all(c['completion_usage']['prompt_tokens'] == {num_prompt} and c['completion_usage']"
+            "['completion_tokens'] == sum(len(d['token_ids']) for d in chunks) for c in chunks if c.get('completion_usage'))",
+        )
+
+
+@check("gen.usage_single")
+async def usage_single(bench: Bench, draw: Draw) -> None:
+    request = draw(requests(max_tokens=st.integers(1, 6)))
+    request["sampling_options"]["n"] = draw(st.sampled_from([None, 1, 2, 3]))
+    transcript = await bench.talk(request, reads_on=True)
+    assume(transcript.error is None)
+    usage_single_of(transcript)
+
+
+def usage_single_of(transcript: Transcript) -> None:
+    counts = [
+        chunk["completion_usage"].get("completion_tokens")
+        for chunk in transcript.chunks
+        if isinstance(chunk, Mapping) and isinstance(chunk.get("completion_usage"), Mapping)
+    ]
+    expect(
+        all(isinstance(count, int) for count in counts) and counts == sorted(counts),
+        f"completion_usage came {len(counts)} times, with {counts} completion tokens; it comes once, or grows",
+        transcript,
+    )
+    if len(counts) > 1:
+        expect(
+            counts[-1] == len(transcript.token_ids),
+            f"the last completion_usage counts {counts[-1]} of {len(transcript.token_ids)} tokens: one choice only, "
+            "where it is for all choices together",
+            transcript,
+        )
+
+
+# What comes in.
+
+
+@check("gen.wire_request")
+async def wire_form(bench: Bench, draw: Draw) -> None:
+    request = wire_request(
+        draw(prompts(24, any_id=True)),
+        max_tokens=draw(st.integers(1, 6)),
+        sampling={"temperature": as_float32(0.1), **draw(sampling_options())},
+    )
+    transcript = await bench.talk(request)
+    expect(
+        transcript.error is None and transcript.terminals,
+        f"a request as Dynamo writes it (every option key present, None where unset) gave {_outcome(transcript)}",
+        transcript,
+        shows="chunks[-1].get('finish_reason')",
+    )
+
+
+@check("gen.sparse_request")
+async def sparse_request(bench: Bench, draw: Draw) -> None:
+    full = wire_request(draw(prompts()), max_tokens=draw(st.integers(1, 6)))
+    kept = draw(st.sets(st.sampled_from(sorted(set(full) - {"token_ids", "stop_conditions"}))))
+    request: dict[str, Any] = {key: value for key, value in full.items() if key in kept or key == "token_ids"}
+    with_stop = draw(st.sampled_from(["whole", "only max_tokens", "empty"]))
+    if with_stop == "whole":
+        request["stop_conditions"] = full["stop_conditions"]
+    else:
+        request["stop_conditions"] = {"max_tokens": 4} if with_stop == "only max_tokens" else {}
+        if draw(st.booleans()) and with_stop == "empty":
+            del request["stop_conditions"]
+    request |= draw(st.dictionaries(st.sampled_from(["zzz_unknown", "new_in_some_release"]), st.none() | st.just({})))
+    transcript = await bench.talk(request, stop_after=6)
+    expect(
+        transcript.error is None and transcript.terminals,
+        f"a request with the keys {sorted(request)} gave {_outcome(transcript)}; absent groups and unknown keys are normal",
+        transcript,
+        shows="chunks[-1].get('finish_reason')",
+    )
+
+
+@check("gen.packed_ids")
+async def packed_ids(bench: Bench, draw: Draw) -> None:
+    ids = draw(st.lists(st.integers(1, 200) | st.integers(1, MAX_INT32), min_size=1, max_size=24))
+    budget = draw(st.integers(1, 6))
+    plain = await bench.answer(wire_request(ids, max_tokens=budget))
+    packed = wire_request([], max_tokens=budget)
+    packed["token_ids"] = b"".join(token.to_bytes(4, "little") for token in ids)
+    transcript = await bench.talk(packed)
+    expect(
+        transcript.error is None and transcript.terminals,
+        f"token_ids packed as {4 * len(ids)} bytes of little-endian int32 gave {_outcome(transcript)}",
+        transcript,
+        shows="chunks[-1].get('finish_reason')",
+    )
+    usage, expected = (answer.last.get("completion_usage") for answer in (transcript, plain))
+    expect(
+        not isinstance(usage, Mapping)
+        or not isinstance(expected, Mapping)
+        or usage.get("prompt_tokens") == expected.get("prompt_tokens"),
+        f"packed, the prompt counts as {usage and usage.get('prompt_tokens')} tokens; it has {len(ids)}",
+        transcript,
+    )
+
+
+@check("gen.no_mutation")
+async def no_mutation(bench: Bench, draw: Draw) -> None:
+    request = await bench.prepared(draw(requests()))
+    before = copy.deepcopy(request)
+    transcript = await bench.talk(request, stop_after=draw(st.none() | st.integers(0, 3)), as_is=True)
+    if bench.facts.role == "prefill":  # Dynamo's own enforce_prefill_max_tokens does
+        for one in (request, before):
+            (one.get("stop_conditions") or {}).pop("max_tokens", None)
+    changed = sorted(str(key) for key in {*request, *before} if request.get(key, "absent") != before.get(key, "absent"))
+    expect(
+        not changed,
+        f"generate changed {', '.join(changed)} of the request: {request.get(changed[0]) if changed else ''!r}",
+        transcript,
+    )
+
+
+# Several streams.
+
+
+@check("gen.concurrent", is_machine=True)
+def concurrent(bench: Bench) -> Any:
+    return concurrent_requests(bench)
+
+
+_NOISE: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "stopped": {"stop_after": 1, "aborts": True},
+    "dropped": {"drop_after": 1},
+    "wrong": {},
+}
+
+
+@check("gen.isolation")
+async def isolation(bench: Bench, draw: Draw) -> None:
+    request = draw(requests())
+    request["sampling_options"] = {**request["sampling_options"], "temperature": 0.0, "seed": 1}
+    alone = await bench.answer(copy.deepcopy(request))
+    again = await bench.answer(copy.deepcopy(request))
+    noise = []
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(["whole", "stopped", "dropped", "wrong"]))
+        other = draw(requests(max_tokens=st.integers(2, 12)))
+        if kind == "wrong":
+            other["token_ids"] = []
+        noise.append(await bench.open(other, **_NOISE[kind]))
+    beside = await bench.talk(copy.deepcopy(request))
+    for stream in noise:
+        await stream.finish(bench.answer_within_s())
+    expect(
+        beside.error is None and beside.finish_reason == alone.finish_reason,
+        f"alone, the request ends with {_outcome(alone)}; beside others, with {_outcome(beside)}",
+        beside,
+        *(stream.transcript for stream in noise),
+    )
+    if alone.token_ids == again.token_ids:
+        expect(
+            beside.token_ids == alone.token_ids,
+            f"alone, the answer is {alone.token_ids}; beside others, {beside.token_ids}",
+            beside,
+            *(stream.transcript for stream in noise),
+        )
+
+
+@check("gen.determinism")
+async def determinism(bench: Bench, draw: Draw) -> None:
+    request = draw(requests())
+    seed = draw(st.none() | st.integers(0, 2**31))
+    request["sampling_options"] |= {"seed": seed, "temperature": 0.0 if seed is None else as_float32(0.7)}
+    first, second = [await bench.answer(copy.deepcopy(request)) for _ in range(2)]
+    expect(
+        first.token_ids == second.token_ids,
+        f"the same request (seed {seed}) was answered with {first.token_ids} and then with {second.token_ids}",
+        first,
+        second,
+    )
+
+
+@check("gen.step_per_task")
+async def step_per_task(bench: Bench, draw: Draw) -> None:
+    request = draw(requests(max_tokens=st.integers(2, 8)))
+    request["sampling_options"] |= {"temperature": 0.0, "seed": 1}
+    stop_after = draw(st.none() | st.integers(1, 3))
+    request = dict(await bench.prepared(request))
+    plain = Stream("plain", bench.engine, copy.deepcopy(request), bench.next_id(), stop_after=stop_after)
+    plainly = await plain.finish(bench.answer_within_s())
+    bridge = Stream("bridge", bench.engine, copy.deepcopy(request), bench.next_id(), stop_after=stop_after)
+    transcript = await bridge.finish(bench.answer_within_s())
+    expect(
+        not transcript.is_hung and (transcript.error is None or plainly.error is not None),
+        f"read by one task the stream gave {_outcome(plainly)}, and with a new task for every step "
+        f"{_outcome(transcript)}; no ContextVar, asyncio.timeout, TaskGroup or cancel scope lives across a yield",
+        transcript,
+        plainly,
+        shows="chunks[-1].get('finish_reason')",
+    )
+    expect(
+        len(transcript.token_ids) == len(plainly.token_ids) and transcript.finish_reason == plainly.finish_reason,
+        f"read by one task the stream gave {_outcome(plainly)}, and with a new task for every step {_outcome(transcript)}",
+        transcript,
+        plainly,
+    )
+
+
+@check("gen.latency", in_process=True, max_examples=5)
+async def latency(bench: Bench, draw: Draw) -> None:
+    longest_s = await _longest_block_s(bench, [draw(requests()) for _ in range(draw(st.integers(1, 4)))])
+    limit_s = 0.25
+    expect(
+        longest_s < limit_s,
+        f"while the engine generated, nothing else on the event loop ran for {longest_s:.2f} s; "
+        f"above {limit_s} s the worker's heartbeats and other requests suffer. Use asyncio.to_thread for long work",
+        *bench.transcripts,
+    )
+
+
+async def _longest_block_s(bench: Bench, batch: list[Any]) -> float:
+    """Real seconds of the longest callback; the least of up to three tries, since a busy host can be slow too."""
+    longest_s = math.inf
+    for _ in range(3):
+        loop = asyncio.get_running_loop()
+        with _CallbackTimes(loop) as times:
+            streams = [await bench.open(copy.deepcopy(request)) for request in batch]
+            for stream in streams:
+                await stream.finish(bench.answer_within_s())
+        longest_s = min(longest_s, times.longest_s)
+        if longest_s < 0.25:
+            break
+    return longest_s
+
+
+class _CallbackTimes:
+    """CPU-independent: how long the thread of the loop was inside one callback."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.longest_s = 0.0
+        self._loop = loop
+
+    def __enter__(self) -> _CallbackTimes:
+        original = self._original = asyncio.events.Handle._run
+
+        def timed(handle: Any) -> Any:
+            began_s = time.perf_counter()
+            try:
+                return original(handle)
+            finally:
+                self.longest_s = max(self.longest_s, time.perf_counter() - began_s)
+
+        asyncio.events.Handle._run = timed  # type: ignore[method-assign, assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.events.Handle._run = self._original  # type: ignore[method-assign]

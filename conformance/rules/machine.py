@@ -1,0 +1,131 @@
+"""
+Several requests at once, and everything a client can do to each, in any order.
+
+The moves are Hypothesis's to choose. After all of them every stream must have
+ended as the moves allow, nothing may be held, and the engine must still serve.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
+
+from conformance.bench import Bench
+from conformance.resources import probe_of
+from conformance.streams import Stream
+from conformance.transcript import expect
+from conformance.wire import requests
+
+
+def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
+    """A state machine on the bench's engine."""
+
+    class ConcurrentRequests(RuleBasedStateMachine):
+        tries: Any = None
+        streams = Bundle("streams")
+
+        @initialize()
+        def start(self) -> None:
+            self.tries.num += 1
+            self.all: list[Stream] = []
+            self.is_broken = True
+            bench.begin_example()
+            bench.run(bench.ensure_engine())
+
+        def _do(self, coroutine: Any) -> Any:
+            try:
+                return bench.run(coroutine)
+            except Exception as error:
+                self.tries.failure, self.tries.transcripts = error, list(bench.transcripts)
+                raise
+
+        @rule(target=streams, request=requests())
+        def generate(self, request: Any) -> Any:
+            limit = bench.numbers.get("max_num_seqs")
+            num_open = sum(not stream.is_over for stream in self.all)
+            if num_open >= min(limit if isinstance(limit, int) else 8, 8) + 3:
+                return multiple()
+            stream = self._do(bench.open(request))
+            self.all.append(stream)
+            return stream
+
+        @rule(steps=st.sampled_from([0.0, 0.3, 1.0, 3.5]))
+        def let_time_pass(self, steps: float) -> None:
+            self._do(bench.let_pass(steps * max(bench.facts.gap_s, 0.001)))
+
+        @rule(stream=streams, num_chunks=st.integers(1, 4))
+        def read(self, stream: Stream, num_chunks: int) -> None:
+            self._do(stream.wait_chunks(len(stream.transcript.chunks) + num_chunks, bench.answer_within_s()))
+
+        @rule(stream=streams)
+        def stop(self, stream: Stream) -> None:
+            stream.stop()
+
+        @rule(stream=streams)
+        def abort(self, stream: Stream) -> None:
+            self._do(stream.abort())
+
+        @rule()
+        def abort_nobody(self) -> None:
+            self._do(bench.engine.abort(bench.context("nobody")))
+
+        @rule(stream=consumes(streams))
+        def drop(self, stream: Stream) -> None:
+            self._do(stream.drop())
+
+        @rule(stream=consumes(streams))
+        def abort_and_drop(self, stream: Stream) -> None:
+            self._do(stream.drop())
+            self._do(stream.abort())
+
+        def teardown(self) -> None:
+            if not hasattr(self, "all"):
+                return
+            try:
+                self._do(self._judge())
+                self.is_broken = False
+            finally:
+                bench.end_example(is_broken=self.is_broken)
+
+        async def _judge(self) -> None:
+            for stream in self.all:
+                transcript = await stream.finish(bench.answer_within_s())
+                expect(not transcript.is_hung, "a stream never ended", transcript, *bench.transcripts)
+                if transcript.of_kind("drop"):
+                    continue
+                was_stopped = bool(transcript.of_kind("stop", "abort"))
+                error = transcript.error
+                expect(
+                    error is None,
+                    f"a valid request beside others raised {type(error).__name__}: {error}",
+                    transcript,
+                    *(other for other in bench.transcripts if other is not transcript),
+                )
+                num_chunks = len(transcript.chunks)
+                expect(
+                    transcript.terminals == [num_chunks - 1],
+                    f"beside others, finish_reason is on chunks {transcript.terminals} of {num_chunks}",
+                    transcript,
+                    *(other for other in bench.transcripts if other is not transcript),
+                )
+                expect(
+                    was_stopped or not transcript.is_cancelled,
+                    "a request that nobody stopped ended as cancelled",
+                    transcript,
+                    *(other for other in bench.transcripts if other is not transcript),
+                )
+                budget = transcript.request["stop_conditions"]["max_tokens"]
+                expect(
+                    len(transcript.token_ids) <= (budget if budget is not None else math.inf),
+                    f"{len(transcript.token_ids)} tokens for max_tokens={budget}",
+                    transcript,
+                )
+            probe = probe_of(bench.engine)
+            if probe is not None:
+                left = {name: value for name, value in probe.in_use().items() if value}
+                expect(not left, f"when all requests are over the engine still holds {left}", *bench.transcripts)
+
+    return ConcurrentRequests

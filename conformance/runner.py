@@ -1,0 +1,206 @@
+"""
+One rule, held against one engine: draws examples, shrinks what fails, says a verdict.
+
+    bench = Bench(settings, find_facts(settings))
+    verdict = judge_rule(bench, load_catalogue()["cancel.mid"])
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, Verbosity
+from hypothesis import strategies as st
+from hypothesis.errors import Flaky, HypothesisException, InvalidArgument, UnsatisfiedAssumption
+from hypothesis.internal.conjecture import engine as conjecture
+from hypothesis.stateful import run_state_machine_as_test
+
+from conformance.bench import Bench
+from conformance.catalogue import Rule
+from conformance.release import dynamo_version
+from conformance.reproducer import reproducing_script
+from conformance.rules import UNCHECKABLE, Check, checks
+from conformance.runner_errors import NotHere
+from conformance.transcript import Violation
+from conformance.verdict import Finding, Outcome, Verdict
+
+VIRTUAL_EXAMPLES = 30
+REAL_EXAMPLES = 8
+_SHRINKING_S = 20  # real seconds; Hypothesis itself would take up to 300
+_BLOB = re.compile(r"@reproduce_failure\('([^']+)', b'([^']*)'\)")
+_APPLIES_TO_ROLES = frozenset({"agg", "decode", "prefill", "encode"})
+
+
+@dataclass
+class _Tries:
+    """What happened in all examples of one rule."""
+
+    num: int = 0
+    failure: BaseException | None = None
+    transcripts: list[Any] = field(default_factory=list)
+
+
+def judge_rule(bench: Bench, rule: Rule, *, example: tuple[str, str] | None = None) -> Verdict:
+    """
+    The verdict of one rule: passed, failed, skipped or unchecked.
+
+    `example`: Hypothesis' release and blob of an example that failed before; only this one is tried.
+    Raises ValueError if it was made by another release of Hypothesis.
+    """
+    began_s = time.perf_counter()
+    check = checks().get(rule.id)
+    if check is None:
+        return Verdict(rule, Outcome.UNCHECKED, UNCHECKABLE.get(rule.id, "no check is written for it yet"))
+    reason = why_not(bench, rule, check)
+    if reason:
+        return Verdict(rule, Outcome.SKIPPED, reason)
+    tries = _Tries()
+    try:
+        _try_examples(bench, rule, check, tries, example)
+    except NotHere as error:
+        return Verdict(rule, Outcome.SKIPPED, str(error), seconds=time.perf_counter() - began_s)
+    except (HypothesisException, BaseExceptionGroup, Exception) as error:
+        if isinstance(error, HypothesisException) and tries.failure is None:
+            if isinstance(error, InvalidArgument) and example is not None:
+                raise ValueError(
+                    f"{rule.id}: the pinned example was made by Hypothesis {example[0]}, and this is "
+                    f"{hypothesis.__version__}, or the check has changed since; run without it and pin the new one."
+                ) from None
+            if type(error).__name__ in ("Unsatisfiable", "FailedHealthCheck", "DidNotReproduce"):
+                return (
+                    Verdict(rule, Outcome.SKIPPED, f"no example could be tried: {error}", num_examples=tries.num)
+                    if example is None
+                    else Verdict(rule, Outcome.PASSED, num_examples=tries.num)
+                )
+            raise
+        finding = _finding(bench, rule, tries, error)
+        return Verdict(
+            rule,
+            Outcome.FAILED,
+            finding=finding,
+            num_examples=tries.num,
+            seconds=time.perf_counter() - began_s,
+        )
+    return Verdict(rule, Outcome.PASSED, num_examples=tries.num, seconds=time.perf_counter() - began_s)
+
+
+def why_not(bench: Bench, rule: Rule, check: Check) -> str:
+    """Why the rule cannot be looked at with this engine, driver and release; "" if it can."""
+    facts, settings = bench.facts, bench.settings
+    if not rule.is_in_release(dynamo_version()):
+        span = f"from {rule.since}" if rule.since else ""
+        span += f" up to {rule.until}" if rule.until else ""
+        return f"holds {span.strip()}; ai-dynamo {dynamo_version()} is installed"
+    roles = rule.applies & _APPLIES_TO_ROLES
+    if roles and facts.role not in roles:
+        return f"is for {', '.join(sorted(roles))} workers; this one is {facts.role}"
+    for capability in (*sorted(rule.applies - _APPLIES_TO_ROLES - {"any"}), *check.needs):
+        if not facts.has(capability):
+            return facts.capabilities.get(capability, f"no: {facts.problem or 'nothing is known of it'}")
+    if settings.driver == "worker" and check.in_process:
+        return "looks at the engine object, which the worker driver has in another process; --engine-driver bridge does"
+    if facts.problem and check.needs_engine:
+        return f"the dry run failed: {facts.problem}"
+    return ""
+
+
+def _try_examples(bench: Bench, rule: Rule, check: Check, tries: _Tries, example: tuple[str, str] | None) -> None:
+    number = bench.settings.max_examples or (VIRTUAL_EXAMPLES if bench.is_virtual else REAL_EXAMPLES)
+    if check.max_examples is not None:
+        number = min(number, check.max_examples)
+    settings = hypothesis.settings(
+        max_examples=number,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+        report_multiple_bugs=False,
+        verbosity=Verbosity.normal,
+        stateful_step_count=20,
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+        database=hypothesis.settings().database if bench.settings.seed is None else None,
+    )
+    with _shrinking_ends():
+        if check.is_machine:
+            machine = check.function(bench)
+            machine.tries = tries
+            if bench.settings.seed is not None:
+                machine = hypothesis.seed(bench.settings.seed)(machine)
+            run_state_machine_as_test(machine, settings=settings)
+            return
+
+        def one(data: Any) -> None:
+            tries.num += 1
+            try:
+                bench.run_example(check.function, data.draw, needs_engine=check.needs_engine)
+            except UnsatisfiedAssumption:
+                raise
+            except NotHere:
+                raise
+            except Exception as error:
+                tries.failure = error
+                tries.transcripts = list(bench.transcripts)
+                raise
+
+        test: Callable[[], None] = settings(hypothesis.given(data=st.data())(one))
+        key = f"{bench.settings.engine} {bench.settings.driver} {bench.facts.role} {rule.id}"
+        test.hypothesis.inner_test._hypothesis_internal_add_digest = key.encode()  # type: ignore[attr-defined]
+        if bench.settings.seed is not None:
+            test = hypothesis.seed(bench.settings.seed)(test)
+        if example is not None:
+            test = hypothesis.reproduce_failure(example[0], example[1].encode())(test)
+        test()
+
+
+@contextmanager
+def _shrinking_ends() -> Any:
+    """Hypothesis has no setting for how long it may shrink."""
+    usual = getattr(conjecture, "MAX_SHRINKING_SECONDS", None)
+    if usual is None:
+        yield
+        return
+    conjecture.MAX_SHRINKING_SECONDS = _SHRINKING_S
+    try:
+        yield
+    finally:
+        conjecture.MAX_SHRINKING_SECONDS = usual
+
+
+def _finding(bench: Bench, rule: Rule, tries: _Tries, error: BaseException) -> Finding:
+    failure = tries.failure or error
+    if isinstance(failure, Violation):
+        message, transcripts = str(failure), failure.transcripts or tries.transcripts
+    else:
+        message, transcripts = f"{type(failure).__name__}: {failure}{_where(failure)}", tries.transcripts
+    if isinstance(error, Flaky):
+        message += (
+            " (not every time: the same example passed when it was tried again on a new engine, so the outcome "
+            "depends on earlier requests or on timing)"
+        )
+    example = _BLOB.search("\n".join(getattr(error, "__notes__", [])))
+    return Finding(
+        message=message,
+        sent=tuple(transcript.request_json() for transcript in transcripts),
+        transcript=tuple(
+            line for transcript in transcripts for line in (f"{transcript.request_id}:", *transcript.lines())
+        ),
+        script=reproducing_script(bench.settings, bench.facts, rule, message, transcripts, failure),
+        example=f"{example.group(1)}:{example.group(2)}" if example else "",
+    )
+
+
+def _where(error: BaseException) -> str:
+    """The last frame outside the suite, where an engine's own exception came from."""
+    trace = error.__traceback__
+    place = ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if "/conformance/" not in code.co_filename and "/asyncio/" not in code.co_filename:
+            place = f" ({code.co_filename.rsplit('/', 1)[-1]}, line {trace.tb_lineno}, in {code.co_name})"
+        trace = trace.tb_next
+    return place
