@@ -12,7 +12,6 @@ one. All streams and engines of an example end with it.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import sys
 import time
@@ -20,9 +19,12 @@ import warnings
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
+from hypothesis.errors import StopTest, UnsatisfiedAssumption
+
 from conformance import release
 from conformance.context import RequestContext
 from conformance.facts import Facts, config_numbers
+from conformance.runner_errors import NotHere
 from conformance.settings import SuiteSettings
 from conformance.streams import Stream
 from conformance.transcript import Transcript, Violation, expect
@@ -215,6 +217,9 @@ class Bench:
         try:
             self.run(self._example(check, draw, needs_engine))
             is_broken = False
+        except (UnsatisfiedAssumption, StopTest, NotHere):  # nothing was found; Hypothesis draws another, or we stop
+            is_broken = False
+            raise
         finally:
             self.end_example(is_broken=is_broken)
 
@@ -274,8 +279,6 @@ class Bench:
         try:
             for engine in kept:
                 self.run(self._clean(engine))
-            del kept
-            gc.collect()
         finally:
             self._runner.close()
             self._runner = None

@@ -4,13 +4,15 @@ An asyncio loop whose time jumps to the next timer instead of waiting for it.
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(main())          in no time
 
-Time stands still while a thread that the loop knows of (`run_in_executor`) is at work.
+Time stands still while a thread that the loop knows of (`run_in_executor`) is at work. While the loop
+watches a file or socket (`add_reader`), what comes there comes in real time, so time is real.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
+import time
 from typing import Any
 
 _PATIENCE_S = 10.0  # real seconds for another thread to hand something over
@@ -28,6 +30,11 @@ class _JumpingSelector(selectors.DefaultSelector):
             events = super().select(_PATIENCE_S)
             if not events:
                 raise RuntimeError("nothing will ever happen on this loop: no timer, and no thread is at work")
+            return events
+        if timeout > 0 and len(self.get_map()) > 1:  # the first is the loop's own pipe
+            began_s = time.monotonic()
+            events = super().select(timeout)
+            self.now_s += min(time.monotonic() - began_s, timeout) if events else timeout
             return events
         events = super().select(0)
         if not events:

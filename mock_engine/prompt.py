@@ -45,7 +45,7 @@ class Planner:
     def plan(self, request_id: str, wire: Mapping[str, Any]) -> list[Answer]:
         """One `Answer` a choice (`n`). Raises `RequestError`, for the client, if the request cannot be served."""
         prompt = self._prompt(wire)
-        stop = wire.get("stop_conditions") or {}
+        stop = {**(wire.get("stop_conditions") or {}), "eos_token_ids": wire.get("eos_token_ids")}
         sampling = wire.get("sampling_options") or {}
         num_choices = _integer(sampling, "n", default=1, minimum=1)
         seed = _integer(sampling, "seed", default=None, minimum=-(1 << 63))
@@ -86,6 +86,7 @@ class Planner:
         stop_ids = set(stop.get("stop_token_ids") or ())
         if not ignore_eos:
             stop_ids.update(stop.get("stop_token_ids_hidden") or ())
+            stop_ids.update(stop["eos_token_ids"] or ())
         stop_at = _first_stop(token_ids, stop_ids, min_tokens)
         if stop_at is not None and stop_at < osl_tokens:
             token_ids, finish_reason = token_ids[:stop_at], "stop"

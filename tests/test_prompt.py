@@ -23,14 +23,13 @@ def make_planner(default_osl=10, seed=0, eos_token_ids=(EOS,)):
     return Planner(OutputTokens(WORD_IDS, eos_token_ids), MAX_MODEL_LEN, BLOCK_SIZE, default_osl, seed, list)
 
 
-def plan(prompt, sampling=None, planner=None, **stop):
-    return (planner or make_planner()).plan(
-        "r", {"token_ids": prompt, "stop_conditions": stop, "sampling_options": sampling}
-    )
+def plan(prompt, sampling=None, planner=None, eos_token_ids=None, **stop):
+    wire = {"token_ids": prompt, "stop_conditions": stop, "sampling_options": sampling, "eos_token_ids": eos_token_ids}
+    return (planner or make_planner()).plan("r", wire)
 
 
-def plan_one(prompt, sampling=None, planner=None, **stop):
-    (answer,) = plan(prompt, sampling, planner, **stop)
+def plan_one(prompt, sampling=None, planner=None, **others):
+    (answer,) = plan(prompt, sampling, planner, **others)
     return answer
 
 
@@ -50,10 +49,11 @@ stop_ids = st.none() | st.lists(st.sampled_from([*WORD_IDS, EOS]), max_size=2)
     ignore_eos=st.none() | st.booleans(),
     visible=stop_ids,
     hidden=stop_ids,
+    ends=stop_ids,
 )
 @settings(max_examples=300, deadline=None)
 def test_every_answer_keeps_to_what_the_client_asked_for(
-    prompt, seed, n, max_tokens, min_tokens, ignore_eos, visible, hidden
+    prompt, seed, n, max_tokens, min_tokens, ignore_eos, visible, hidden, ends
 ):
     answers = plan(
         prompt,
@@ -63,11 +63,12 @@ def test_every_answer_keeps_to_what_the_client_asked_for(
         ignore_eos=ignore_eos,
         stop_token_ids=visible,
         stop_token_ids_hidden=hidden,
+        eos_token_ids=ends,
     )
     room = MAX_MODEL_LEN - len(prompt)
     most = min(max_tokens or room, room)
     fewest = max(min(min_tokens or 1, most), 1)
-    stops = {*(visible or ()), *(() if ignore_eos else hidden or ())}
+    stops = {*(visible or ()), *(() if ignore_eos else [*(hidden or ()), *(ends or ())])}
     assert [answer.request.choice for answer in answers] == list(range(n))
     for answer in answers:
         ids = answer.token_ids
