@@ -726,12 +726,14 @@ async def step_per_task(bench: Bench, draw: Draw) -> None:
         plainly,
         shows="chunks[-1].get('finish_reason')",
     )
-    expect(
-        len(transcript.token_ids) == len(plainly.token_ids) and transcript.finish_reason == plainly.finish_reason,
-        f"read by one task the stream gave {_outcome(plainly)}, and with a new task for every step {_outcome(transcript)}",
-        transcript,
-        plainly,
-    )
+    if stop_after is None:  # how far a stopped stream came is a matter of timing
+        expect(
+            len(transcript.token_ids) == len(plainly.token_ids) and transcript.finish_reason == plainly.finish_reason,
+            f"read by one task the stream gave {_outcome(plainly)}, "
+            f"and with a new task for every step {_outcome(transcript)}",
+            transcript,
+            plainly,
+        )
 
 
 @check("gen.latency", in_process=True, max_examples=5)

@@ -1,0 +1,144 @@
+"""The terminal says what the files say, in the width there is, and a stranger can act on what it prints."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from conformance.deviations import Deviation, read_deviations
+from conformance.suite_report import BROKEN, COUNT_TITLES, TITLES, message_of, one_line, printable, verdict_line
+from conformance.terminal_summary import format_finding, print_capabilities, print_summary
+from conformance.verdict import Finding, Outcome, Subject, SuiteRun
+from tests.test_conformance_report import FINDINGS, RUNS, all_texts, counts_of, example_run, verdicts
+
+QUICK = settings(max_examples=60, deadline=None)
+WIDTHS = st.sampled_from([80, 100, 120])
+SUBJECT = Subject(
+    engine="my_pkg.engine:Engine",
+    engine_args="--model Qwen/Qwen3-0.6B --max-num-seqs 16 --block-size 16 --speedup-ratio 10",
+    driver="bridge",
+    role="agg",
+    clock="virtual",
+    dynamo_version="1.6.1",
+    suite_version="0.1.0",
+    capabilities={"KV events": "yes, 1 push source", "abort": "yes", "logprobs": "no: none in any chunk", "n": "max 4"},
+)
+
+
+def printed(show, thing, width, **terminal):
+    out = io.StringIO()
+    show(thing, Console(file=out, width=width, legacy_windows=False, _environ={}, **terminal))
+    return out.getvalue()
+
+
+def without_space(text):
+    return "".join(text.split())
+
+
+@given(run=RUNS, width=WIDTHS)
+@QUICK
+def test_no_line_is_wider_than_the_terminal_and_nothing_moves_its_cursor(run, width):
+    text = printed(print_summary, run, width) + printed(print_capabilities, run.subject, width)
+    assert all(cell_len(line) <= width for line in text.split("\n"))
+    assert all(char.isprintable() for char in text.replace("\n", ""))
+
+
+@given(run=RUNS, width=WIDTHS)
+@QUICK
+def test_colour_adds_nothing_to_the_text(run, width):
+    coloured = printed(print_summary, run, width, force_terminal=True, color_system="truecolor")
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == printed(print_summary, run, width)
+
+
+@given(run=RUNS, width=WIDTHS)
+@QUICK
+def test_the_counts_are_the_run_s_area_by_area_and_in_all(run, width):
+    rows = [line.split() for line in printed(print_summary, run, width).splitlines()]
+    table = [row for row in rows if len(row) == 1 + len(Outcome) and all(re.fullmatch(r"-|\d+", n) for n in row[1:])]
+    areas = list(dict.fromkeys(verdict.rule.area for verdict in run.verdicts))
+    by_area = [replace(run, verdicts=tuple(v for v in run.verdicts if v.rule.area == area)) for area in areas]
+    expected = [[area, *map(str, counts_of(part))] for area, part in zip([*areas, "all"], [*by_area, run], strict=True)]
+    assert [[cell.replace("-", "0") for cell in row] for row in table[-len(expected) :]] == expected
+
+
+@given(run=RUNS, width=WIDTHS)
+@QUICK
+def test_each_broken_rule_has_one_line_with_as_much_of_its_message_as_fits(run, width):
+    lines = printed(print_summary, run, width).splitlines()
+    for verdict in run.verdicts:
+        start = re.compile(rf"{TITLES[verdict.outcome]} +{verdict.rule.level} +{verdict.rule.id} *(.*)")
+        found = [match[1] for line in lines if (match := start.fullmatch(line))]
+        if verdict.outcome not in BROKEN:
+            assert found == []
+            continue
+        (shown,) = found
+        message = one_line(message_of(verdict))
+        assert shown.rstrip() == message or message.startswith(shown.rstrip().removesuffix("…").rstrip())
+
+
+@given(run=RUNS, width=WIDTHS)
+@QUICK
+def test_the_last_words_are_the_verdict(run, width):
+    text = printed(print_summary, run, width)
+    assert without_space(text.split("\n\n")[-1]) == without_space(verdict_line(run))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_head_tells_what_was_run(width):
+    text = printed(print_summary, SuiteRun(SUBJECT, example_run().verdicts, 1.0), width)
+    head = text.split("\n\n")[0]
+    for part in ("my_pkg.engine:Engine", "--speedup-ratio 10", "driver bridge, role agg, virtual clock"):
+        assert part in head
+    assert "ai-dynamo 1.6.1, suite 0.1.0" in head
+    assert "has       KV events (1 push source), abort, n: max 4" in head
+    assert "has no    logprobs" in head
+    assert all(title in text for title in COUNT_TITLES.values())
+
+
+def test_capabilities_are_told_in_full():
+    rows = printed(print_capabilities, SUBJECT, 80).splitlines()
+    assert [row.rstrip() for row in rows] == [
+        "KV events  yes, 1 push source",
+        "abort      yes",
+        "logprobs   no: none in any chunk",
+        "n          max 4",
+    ]
+    assert printed(print_capabilities, replace(SUBJECT, capabilities={}), 80) == "No capabilities were looked for.\n"
+
+
+@given(verdict=verdicts(), finding=st.none() | FINDINGS)
+@QUICK
+def test_a_finding_says_all_that_is_known(verdict, finding):
+    verdict = replace(verdict, outcome=Outcome.FAILED, finding=finding)
+    text = format_finding(verdict, "my_pkg:Engine")
+    assert text.startswith(f"{verdict.rule.id} ({verdict.rule.level}): {printable(verdict.rule.sentence)}")
+    assert "my_pkg:Engine" in text
+    shown = without_space(text)
+    assert all(without_space(part) in shown for part in all_texts(verdict))
+    assert all(char.isprintable() or char in "\n\t" for char in text)
+
+
+@given(verdict=verdicts(), finding=FINDINGS)
+@QUICK
+def test_the_lines_for_the_deviations_file_can_be_pasted_into_it(verdict, finding, tmp_path_factory):
+    text = format_finding(replace(verdict, outcome=Outcome.FAILED, finding=finding), "my_pkg:Engine")
+    path = tmp_path_factory.getbasetemp() / "pasted.toml"
+    path.write_text(text[text.rindex('["') :], encoding="utf-8")
+    example = tuple(finding.example.split(":")) if finding.example else None
+    rule_id = verdict.rule.id
+    assert read_deviations(path, {rule_id}) == {rule_id: Deviation(rule_id, "Say here why, and until when.", example)}
+
+
+def test_the_script_can_be_copied_as_it_stands():
+    script = 'async def main():\n    print("x")\n\n\n# end\n'
+    verdict = next(v for v in example_run(cancel_mid=Outcome.FAILED).verdicts if v.outcome is Outcome.FAILED)
+    text = format_finding(replace(verdict, finding=Finding("It went on.", script=script)), "my_pkg:Engine")
+    assert re.split(r"^-{72}\n", text, flags=re.MULTILINE)[1] == script
+    assert "python reproduce.py" in text
