@@ -30,8 +30,9 @@ from conformance.runner_errors import NotHere
 from conformance.transcript import Violation
 from conformance.verdict import Finding, Outcome, Verdict
 
-VIRTUAL_EXAMPLES = 30
-REAL_EXAMPLES = 8
+MOST_EXAMPLES = 30  # a rule
+FEWEST_EXAMPLES = 8
+_REAL_S = 1.5  # in real time, about so long for the examples of a rule
 _SHRINKING_S = 20  # real seconds; Hypothesis itself would take up to 300
 _BLOB = re.compile(r"@reproduce_failure\('([^']+)', b'([^']*)'\)")
 _APPLIES_TO_ROLES = frozenset({"agg", "decode", "prefill", "encode"})
@@ -111,7 +112,7 @@ def why_not(bench: Bench, rule: Rule, check: Check) -> str:
 
 
 def _try_examples(bench: Bench, rule: Rule, check: Check, tries: _Tries, example: tuple[str, str] | None) -> None:
-    number = bench.settings.max_examples or (VIRTUAL_EXAMPLES if bench.is_virtual else REAL_EXAMPLES)
+    number = bench.settings.max_examples or default_examples(bench)
     if check.max_examples is not None:
         number = min(number, check.max_examples)
     settings = hypothesis.settings(
@@ -155,6 +156,14 @@ def _try_examples(bench: Bench, rule: Rule, check: Check, tries: _Tries, example
         if example is not None:
             test = hypothesis.reproduce_failure(example[0], example[1].encode())(test)
         test()
+
+
+def default_examples(bench: Bench) -> int:
+    """Fewer where each takes real time."""
+    answer_s = bench.facts.first_chunk_s + 6 * bench.facts.gap_s
+    if bench.is_virtual or answer_s <= 0:
+        return MOST_EXAMPLES
+    return max(FEWEST_EXAMPLES, min(MOST_EXAMPLES, int(_REAL_S / answer_s)))
 
 
 @contextmanager
