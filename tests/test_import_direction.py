@@ -99,3 +99,42 @@ def test_nothing_imports_the_tools():
 def test_the_conformance_suite_and_the_engine_do_not_know_each_other():
     assert not any(is_of(name, "mock_engine") for imports in CONFORMANCE.values() for name in imports)
     assert not any(is_of(name, "conformance") for imports in MODULES.values() for name in imports)
+
+
+# What a check may know: the suite's rows. Nothing above the bench knows rules, nothing above the plugin knows pytest.
+SUITE_ROWS = (
+    "catalogue release virtual_loop runner_errors wire",
+    "verdict deviations context transcript bridge streams settings resources suite_report terminal_summary",
+    "worker_driver worker_child facts bench recording reproducer",
+    "rules",
+    "runner",
+    "collection plugin selftest",
+)
+SUITE_ROW_OF = {module: number for number, row in enumerate(SUITE_ROWS) for module in row.split()}
+IMPORT_DYNAMO = {"release", "selftest", "worker_child", "rules"}
+
+
+def of_suite(module: str) -> set[str]:
+    return {name.split(".")[1] for name in CONFORMANCE[module] if name.startswith("conformance.")} - {module}
+
+
+@pytest.mark.parametrize("module", sorted(CONFORMANCE))
+def test_a_module_of_the_suite_imports_only_from_its_row_and_from_above(module):
+    if module == "__init__":
+        return
+    below = {other for other in of_suite(module) if SUITE_ROW_OF[other] > SUITE_ROW_OF[module]}
+    assert not below, f"{module} imports {below}, which are below it"
+
+
+def test_no_module_of_the_suite_imports_itself_over_a_detour():
+    TopologicalSorter({module: of_suite(module) for module in CONFORMANCE}).prepare()
+
+
+def test_the_suite_touches_pytest_in_the_plugin_alone():
+    users = {module for module, imports in CONFORMANCE.items() if any(is_of(name, "pytest") for name in imports)}
+    assert users <= {"plugin", "collection"}
+
+
+def test_who_imports_dynamo_in_the_suite():
+    users = {module for module, imports in CONFORMANCE.items() if any(is_of(name, "dynamo") for name in imports)}
+    assert users <= IMPORT_DYNAMO

@@ -1,0 +1,30 @@
+"""MockLLMEngine is held against the rules itself, MUST and SHOULD, as its users hold theirs."""
+
+from __future__ import annotations
+
+import pytest
+
+from conformance.catalogue import load_catalogue
+from conformance.selftest.kill import verdicts_of
+from conformance.settings import SuiteSettings
+from conformance.verdict import Outcome
+
+ENGINE = "mock_engine:MockLLMEngine"
+
+
+@pytest.mark.parametrize(
+    ("driver", "engine_args"),
+    [
+        ("plain", "--speedup-ratio 100"),
+        ("bridge", "--speedup-ratio 100"),
+        pytest.param("bridge", "--speedup-ratio 0 --num-gpu-blocks-override 40 --max-model-len 512", id="bridge-tight"),
+        pytest.param("worker", "--speedup-ratio 100", marks=pytest.mark.e2e),
+    ],
+)
+def test_the_mock_engine_keeps_every_rule(driver, engine_args):
+    settings = SuiteSettings(ENGINE, engine_args, driver, max_examples=8, seed=1)
+    verdicts = list(verdicts_of(settings, load_catalogue().values()))
+    broken = {verdict.rule.id: verdict.finding.message for verdict in verdicts if verdict.outcome is Outcome.FAILED}
+    assert not broken
+    num_passed = sum(verdict.outcome is Outcome.PASSED for verdict in verdicts)
+    assert num_passed >= (30 if driver == "worker" else 60)
