@@ -14,7 +14,7 @@ from mock_engine.profile import list_profiles, load_profile
 from mock_engine.profiles_command import summarize
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "profiles").glob("*.md"), *(ROOT / "reports").glob("*.md")])
+PAGES = sorted(path for folder in (".", "docs", "profiles", "reports") for path in (ROOT / folder).glob("*.md"))
 
 
 def shell_lines(page):
