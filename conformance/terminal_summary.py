@@ -11,6 +11,7 @@ Nothing is told by colour alone.
 from __future__ import annotations
 
 import re
+import shlex
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -18,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from conformance.deviations import format_deviation, parse_example
-from conformance.suite_report import (
+from conformance.verdict import Outcome, Subject, SuiteRun, Verdict
+from conformance.verdict_text import (
     COUNT_TITLES,
     TITLES,
     count_outcomes,
@@ -31,7 +33,6 @@ from conformance.suite_report import (
     sort_broken,
     verdict_line,
 )
-from conformance.verdict import Outcome, Subject, SuiteRun, Verdict
 
 _STYLES = {
     Outcome.PASSED: "green",
@@ -83,12 +84,16 @@ def format_finding(verdict: Verdict, engine: str) -> str:
             lines += ["", title, *(f"    {line}" for line in text.splitlines())]
     script = finding.script if finding else ""
     example = finding.example if finding else ""
+    if script.strip() or example:
+        lines += ["", "To reproduce"]
+    if example:
+        flags = [f"--engine={engine}", f"--rule={rule.id}", f"--example={example}"]
+        lines += ["    With the suite, and the other options of this run:"]
+        lines += [f"        pytest {' '.join(shlex.quote(printable(flag)) for flag in flags)}"]
     if script.strip():
         # Not indented, so that it can be copied as it stands.
-        lines += ["", "To reproduce", "    Save what is between the lines as reproduce.py and run: python reproduce.py"]
+        lines += ["    Without it, save what is between the lines as reproduce.py and run: python reproduce.py"]
         lines += [_RULER, *printable(script).strip("\n").split("\n"), _RULER]
-    elif example:
-        lines += ["", "To reproduce", f"    The example is {printable(example)}; hand it to --example."]
     reason = "Say here why, and until when."
     lines += ["", "To keep as a known deviation", "    Put these lines into a file and name it with --deviations:", ""]
     lines += format_deviation(rule.id, reason, parse_example(example)).splitlines()

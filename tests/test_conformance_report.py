@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conformance.catalogue import LEVELS, Rule, load_catalogue
-from conformance.suite_report import (
+from conformance.suite_report import run_from_json, run_to_json, write_matrix, write_report
+from conformance.verdict import Finding, Outcome, Subject, SuiteRun, Verdict
+from conformance.verdict_text import (
     BROKEN,
     COUNT_TITLES,
     SYMBOLS,
@@ -22,13 +24,8 @@ from conformance.suite_report import (
     message_of,
     one_line,
     printable,
-    run_from_json,
-    run_to_json,
     verdict_line,
-    write_matrix,
-    write_report,
 )
-from conformance.verdict import Finding, Outcome, Subject, SuiteRun, Verdict
 
 QUICK = settings(max_examples=60, deadline=None)
 HOSTILE = [

@@ -13,12 +13,13 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from conformance.deviations import Deviation, read_deviations
-from conformance.suite_report import BROKEN, COUNT_TITLES, TITLES, message_of, one_line, printable, verdict_line
 from conformance.terminal_summary import format_finding, print_capabilities, print_summary
-from conformance.verdict import Finding, Outcome, Subject, SuiteRun
-from tests.test_conformance_report import FINDINGS, RUNS, all_texts, counts_of, example_run, verdicts
+from conformance.verdict import Finding, Outcome, Subject
+from conformance.verdict_text import BROKEN, COUNT_TITLES, TITLES, message_of, one_line, printable, verdict_line
+from tests.test_conformance_report import FINDINGS, HOSTILE, RUNS, all_texts, counts_of, example_run, verdicts
 
 QUICK = settings(max_examples=60, deadline=None)
+RUN = example_run()
 WIDTHS = st.sampled_from([80, 100, 120])
 SUBJECT = Subject(
     engine="my_pkg.engine:Engine",
@@ -80,7 +81,7 @@ def test_each_broken_rule_has_one_line_with_as_much_of_its_message_as_fits(run, 
             continue
         (shown,) = found
         message = one_line(message_of(verdict))
-        assert shown.rstrip() == message or message.startswith(shown.rstrip().removesuffix("…").rstrip())
+        assert shown.rstrip() == message or (shown.endswith("…") and message.startswith(shown[:-1].rstrip()))
 
 
 @given(run=RUNS, width=WIDTHS)
@@ -92,7 +93,7 @@ def test_the_last_words_are_the_verdict(run, width):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_head_tells_what_was_run(width):
-    text = printed(print_summary, SuiteRun(SUBJECT, example_run().verdicts, 1.0), width)
+    text = printed(print_summary, replace(RUN, subject=SUBJECT), width)
     head = text.split("\n\n")[0]
     for part in ("my_pkg.engine:Engine", "--speedup-ratio 10", "driver bridge, role agg, virtual clock"):
         assert part in head
@@ -111,6 +112,14 @@ def test_capabilities_are_told_in_full():
         "n          max 4",
     ]
     assert printed(print_capabilities, replace(SUBJECT, capabilities={}), 80) == "No capabilities were looked for.\n"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_capability_is_text_and_no_markup(text):
+    for capabilities in ({text: "yes"}, {"n": text}):
+        subject = replace(SUBJECT, capabilities=capabilities)
+        for show, thing in ((print_capabilities, subject), (print_summary, replace(RUN, subject=subject))):
+            assert without_space(one_line(text)) in without_space(printed(show, thing, 80))
 
 
 @given(verdict=verdicts(), finding=st.none() | FINDINGS)
@@ -142,3 +151,11 @@ def test_the_script_can_be_copied_as_it_stands():
     text = format_finding(replace(verdict, finding=Finding("It went on.", script=script)), "my_pkg:Engine")
     assert re.split(r"^-{72}\n", text, flags=re.MULTILINE)[1] == script
     assert "python reproduce.py" in text
+
+
+def test_the_example_comes_with_the_command_that_tries_it_again():
+    verdict = next(v for v in example_run(cancel_mid=Outcome.FAILED).verdicts if v.outcome is Outcome.FAILED)
+    finding = Finding("It went on.", example="6.100.0:AXicY2BgZGAAAAAVAAM=")
+    text = format_finding(replace(verdict, finding=finding), "my_pkg:Engine")
+    assert "pytest --engine=my_pkg:Engine --rule=cancel.mid --example=6.100.0:AXicY2BgZGAAAAAVAAM=\n" in text
+    assert "To reproduce" not in format_finding(replace(verdict, finding=Finding("It went on.")), "my_pkg:Engine")

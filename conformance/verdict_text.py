@@ -1,0 +1,149 @@
+"""
+How verdicts are counted and put into words, the same everywhere.
+
+Every figure comes from `count_outcomes` and every text goes through
+`printable`, so no two reports can disagree and none can be broken by what an
+engine says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from conformance.verdict import Finding, Outcome, Subject, SuiteRun, Verdict
+
+TITLES = {outcome: outcome.value for outcome in Outcome} | {
+    Outcome.WARNED: "warning",
+    Outcome.UNCHECKED: "not checkable",
+}
+COUNT_TITLES = TITLES | {Outcome.WARNED: "warnings"}
+SYMBOLS = {
+    Outcome.PASSED: "✓",
+    Outcome.FAILED: "✗",
+    Outcome.WARNED: "!",
+    Outcome.DEVIATES: "≈",
+    Outcome.SKIPPED: "–",
+    Outcome.UNCHECKED: "?",
+}
+BROKEN = (Outcome.FAILED, Outcome.WARNED, Outcome.DEVIATES)
+CHECKED = (Outcome.PASSED, *BROKEN)
+_BINDING = ("MUST", "SHOULD")  # the other levels are reported only
+_MAX_NAMED = 5  # rules that a verdict line names before it says "and 3 more"
+
+
+def count_outcomes(verdicts: Iterable[Verdict]) -> dict[Outcome, int]:
+    """How many verdicts there are of each outcome; all outcomes, in their order."""
+    counts = dict.fromkeys(Outcome, 0)
+    for verdict in verdicts:
+        counts[verdict.outcome] += 1
+    return counts
+
+
+def group_by_area(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
+    """The verdicts by area of their rule, areas in the order they first come."""
+    areas: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        areas.setdefault(verdict.rule.area, []).append(verdict)
+    return areas
+
+
+def sort_broken(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """The broken rules: those that fail the run first, then warnings, then known deviations."""
+    return sorted((v for v in verdicts if v.outcome in BROKEN), key=lambda v: BROKEN.index(v.outcome))
+
+
+def verdict_line(run: SuiteRun) -> str:
+    """The run in one sentence, such as "conforms: 70 MUST and 30 SHOULD rules hold"."""
+    counts = count_outcomes(run.verdicts)
+    if not any(counts[outcome] for outcome in CHECKED):
+        return "nothing was checked: no rule was selected that applies here"
+    by_outcome = {outcome: [v for v in run.verdicts if v.outcome is outcome] for outcome in CHECKED}
+    if by_outcome[Outcome.FAILED]:
+        failed = by_outcome[Outcome.FAILED]
+        line = f"does not conform: {_count_levels(failed)} broken ({_name_rules(failed)})"
+    else:
+        passed = [v for v in by_outcome[Outcome.PASSED] if v.rule.level in _BINDING]
+        line = f"conforms: {_count_levels(passed)} {'holds' if len(passed) == 1 else 'hold'}"
+    for outcome, one, many in (
+        (Outcome.WARNED, "warning", "warnings"),
+        (Outcome.DEVIATES, "known deviation", "known deviations"),
+    ):
+        if found := by_outcome[outcome]:
+            line += f"; {len(found)} {one if len(found) == 1 else many} ({_name_rules(found)})"
+    return line
+
+
+def message_of(verdict: Verdict) -> str:
+    """What was found, or else why there is nothing."""
+    return verdict.finding.message if verdict.finding else verdict.reason
+
+
+def finding_sections(verdict: Verdict) -> list[tuple[str, str]]:
+    """All that is known of a broken rule, as headed blocks of text without empty ones."""
+    finding = verdict.finding or Finding(message=verdict.reason)
+    sections = [
+        ("Found", finding.message),
+        (TITLES[verdict.outcome].capitalize() + " because", verdict.reason if verdict.finding else ""),
+        ("Sent", "\n".join(finding.sent)),
+        ("Transcript", "\n".join(finding.transcript)),
+        ("Why", "\n".join(verdict.rule.sources)),
+        ("Script", finding.script),
+        ("Example", finding.example),
+    ]
+    return [(title, printable(text)) for title, text in sections if text.strip()]
+
+
+def printable(text: str) -> str:
+    r"""`text` with what does not print, line breaks and tabs apart, as Python would write it: "\x1b"."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode("ascii") for char in text
+    )
+
+
+def one_line(text: str) -> str:
+    """`printable` text with each run of white space as one blank."""
+    return " ".join(printable(" ".join(text.split())).split())
+
+
+def count_noun(count: int, noun: str) -> str:
+    """Such as "1 rule" and "2 rules"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _count_levels(verdicts: Sequence[Verdict]) -> str:
+    counts = dict.fromkeys(_BINDING, 0)
+    for verdict in verdicts:
+        counts[verdict.rule.level] = counts.get(verdict.rule.level, 0) + 1
+    words = [f"{count} {one_line(level)}" for level, count in counts.items() if count] or ["0"]
+    listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f"{listed} rule{'' if len(verdicts) == 1 else 's'}"
+
+
+def _name_rules(verdicts: Sequence[Verdict]) -> str:
+    names = [one_line(verdict.rule.id) for verdict in verdicts]
+    more = [f"and {len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else []
+    return ", ".join(names[:_MAX_NAMED] + more)
+
+
+def describe_subject(subject: Subject) -> list[tuple[str, str]]:
+    """What was checked, and how, as names and texts; without the capabilities."""
+    return [
+        ("engine", subject.engine),
+        ("engine args", subject.engine_args or "none"),
+        ("driver", subject.driver),
+        ("role", subject.role),
+        ("clock", subject.clock),
+        ("ai-dynamo", subject.dynamo_version),
+        ("suite", subject.suite_version),
+    ]
+
+
+def overall_outcome(run: SuiteRun) -> Outcome:
+    """The outcome whose colour the whole run gets."""
+    counts = count_outcomes(run.verdicts)
+    for outcome in (*BROKEN, Outcome.PASSED):
+        if counts[outcome]:
+            return outcome
+    return Outcome.SKIPPED
