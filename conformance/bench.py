@@ -12,6 +12,7 @@ one. All streams and engines of an example end with it.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import sys
 import time
@@ -26,7 +27,7 @@ from conformance.context import RequestContext
 from conformance.facts import Facts, config_numbers
 from conformance.runner_errors import NotHere
 from conformance.settings import SuiteSettings
-from conformance.streams import Stream
+from conformance.streams import DriverName, Stream
 from conformance.transcript import Transcript, Violation, expect
 from conformance.virtual_loop import VirtualLoop
 
@@ -142,7 +143,7 @@ class Bench:
         peer = await self._ensure_peer()
         params: Any = {"handle": "none"}
         if peer is not None:
-            stream = Stream(self.settings.driver, peer, request, self.next_id(), context=None)
+            stream = Stream(self.settings.driver, peer, copy.deepcopy(request), self.next_id(), context=None)
             chunk = (await stream.finish(self.answer_within_s())).last
             params = chunk.get("disaggregated_params", params)
         return {"disaggregated_params": params, "prompt_tokens_details": None}
@@ -154,18 +155,19 @@ class Bench:
         engine: Any = None,
         request_id: str | None = None,
         as_is: bool = False,
+        driver: DriverName | None = None,
         **places: Any,
     ) -> Stream:
         """
         Begin a request; it is read in the background. `places`: see `Stream`.
 
-        `as_is`: the request exactly as given, without what the role adds.
+        `as_is`: the request exactly as given, without what the role adds. `driver`: another than the run's.
         """
         if not as_is:
             request = await self.prepared(request)
         context = self.context(request_id)
         stream = Stream(
-            self.settings.driver,
+            driver or self.settings.driver,
             self.engine if engine is None else engine,
             request,
             context.id(),

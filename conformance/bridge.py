@@ -47,7 +47,7 @@ class BridgeStream:
         """The next chunk; None after the terminal one, where the real adapter stops reading."""
         if self._is_over:
             return None
-        step = await _on_foreign_thread(lambda: self._held[0].__anext__())
+        step = await on_foreign_thread(lambda: self._held[0].__anext__())
         self.task = asyncio.get_running_loop().create_task(_run(step))
         del step  # it holds the stream
         try:
@@ -67,7 +67,7 @@ class BridgeStream:
 
     async def drop(self) -> None:
         """Let go of the stream on a thread without an event loop; it is never closed."""
-        await _on_foreign_thread(self._held.clear)
+        await on_foreign_thread(self._held.clear)
 
     async def read_all(self) -> list[Mapping[str, Any]]:
         """All chunks up to the terminal one, then drop the stream."""
@@ -80,7 +80,8 @@ class BridgeStream:
         return chunks
 
 
-async def _on_foreign_thread(call: Callable[[], Any]) -> Any:
+async def on_foreign_thread(call: Callable[[], Any]) -> Any:
+    """Call it as Dynamo calls what is not asynchronous: on a thread without an event loop."""
     return await asyncio.get_running_loop().run_in_executor(_foreign, call)
 
 

@@ -10,6 +10,7 @@ the rules on starting and answering.
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import inspect
 import threading
@@ -184,15 +185,16 @@ class _Signs:
 
 
 async def _dry_request(facts: Facts, peer: Any) -> dict[str, Any]:
+    request = copy.deepcopy(DRY_REQUEST)  # NVIDIA's own prefill helper changes what it gets
     if facts.role == "encode":
-        return {**DRY_REQUEST, "multi_modal_data": {"image_url": []}}
+        return {**request, "multi_modal_data": {"image_url": []}}
     if facts.role == "decode":
         params: Any = {"handle": "none"}
         if peer is not None:
-            answer = await Stream("bridge", peer, DRY_REQUEST, "dry-prefill").finish(_PATIENCE_S)
+            answer = await Stream("bridge", peer, copy.deepcopy(DRY_REQUEST), "dry-prefill").finish(_PATIENCE_S)
             params = answer.last.get("disaggregated_params", params)
-        return {**DRY_REQUEST, "prefill_result": {"disaggregated_params": params}}
-    return dict(DRY_REQUEST)
+        return {**request, "prefill_result": {"disaggregated_params": params}}
+    return request
 
 
 def _choose_clock(settings: SuiteSettings, engine_class: Any, facts: Facts, real: _Signs) -> str:
@@ -275,10 +277,11 @@ async def _capabilities(engine_class: Any, engine: Any, facts: Facts, logprobs: 
         "logprobs": logprobs,
         "controls": await asked(
             "supported_controls",
-            lambda names: f"yes, {sorted(names)}" if names else "no: supported_controls is empty",
+            lambda names: f"yes, {sorted(names, key=str)}" if names else "no: supported_controls is empty",
         ),
         "updates": await asked(
-            "supported_updates", lambda names: f"yes, {sorted(names)}" if names else "no: supported_updates is empty"
+            "supported_updates",
+            lambda names: f"yes, {sorted(names, key=str)}" if names else "no: supported_updates is empty",
         ),
         "logits": await asked("logits_processor_spec", lambda spec: "yes" if spec is not None else "no: it is None"),
         "health": await asked(

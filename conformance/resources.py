@@ -52,8 +52,9 @@ class FaultProbe(Protocol):
     """
     The other half of a probe, for engines that can fail on demand. Optional too.
 
-    `fault_points`: names of places; those that begin with "start" are inside `start`. `inject(point)`:
-    the next time that place is reached, something fails there once.
+    `fault_points`: names of places; those that begin with "start" are inside `start`, and a failure at those that
+    begin with "request" is one request's and no other's. `inject(point)`: the next time that place is reached,
+    something fails there once.
     """
 
     def fault_points(self) -> Sequence[str]: ...
@@ -205,6 +206,17 @@ def _is_leaf(thing: Any) -> bool:
     if callable(getattr(thing, "qsize", None)):
         return False
     return kind.__module__.split(".")[0] in _LEAVES or kind.__name__ in ("module", "function", "method")
+
+
+def process_sizes() -> dict[str, int]:
+    """How many tasks, threads, children and files there are, in the form of `container_sizes`."""
+    held = held_now()
+    return {
+        "asyncio tasks": len(held.tasks),
+        "threads": len(held.threads),
+        "child processes": len(held.children),
+        "open files": len(held.files),
+    }
 
 
 def grown(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:

@@ -130,7 +130,9 @@ def tokens_of(chunk: Any) -> list[int]:
     if not isinstance(chunk, Mapping):
         return []
     token_ids = chunk.get("token_ids")
-    return list(token_ids) if isinstance(token_ids, list | tuple | range | set | bytes) else []
+    if isinstance(token_ids, str) or not isinstance(token_ids, Sequence | set | frozenset):
+        return []
+    return list(token_ids)
 
 
 def _short(event: Event) -> str:

@@ -1,12 +1,13 @@
 """
 The two processes behind `worker_driver`: Dynamo's own worker around an engine, and a Dynamo client.
 
-    python -m conformance.worker_child worker --engine my_pkg:Engine --namespace N --announce FILE -- ENGINE FLAGS
+    python -m conformance.worker_child worker --engine my_pkg:Engine --namespace N --announce FILE --records 3 -- FLAGS
     python -m conformance.worker_child client --folder FOLDER
 
 The worker is what `dynamo.common.backend.run.run(Engine)` starts, except that the engine's `WorkerConfig` is turned
 to file discovery, TCP and ZMQ first: most engines know no flag for that, and etcd is Dynamo's default.
-`--announce` gets the name of the endpoint, once `from_args` has said it.
+`--announce` gets the name of the endpoint, once `from_args` has said it; `--records` is a pipe that gets what the
+engine says (`worker_records`).
 
 The client reads commands from its standard input and writes what happens to its standard output, both as JSON
 lines. It is a process of its own because a Dynamo runtime belongs to one event loop, lives as long as its
@@ -32,6 +33,8 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from conformance.worker_records import Recorder
 
 _STOP_LIMIT_S = 10.0  # between SIGTERM and SIGKILL once nobody is there to send them
 
@@ -62,10 +65,11 @@ def find_engine(name: str) -> Any:
 class LocalEngine:
     """Stands for the engine class in `run`, which asks it for nothing but `from_args`."""
 
-    def __init__(self, engine_class: Any, namespace: str, announce: Path) -> None:
+    def __init__(self, engine_class: Any, namespace: str, announce: Path, recorder: Recorder) -> None:
         self._engine_class = engine_class
         self._namespace = namespace
         self._announce = announce
+        self._recorder = recorder
 
     async def from_args(self, argv: list[str] | None) -> tuple[Any, Any]:
         """The engine and its config, turned to this machine."""
@@ -81,15 +85,18 @@ class LocalEngine:
         unfinished = self._announce.with_suffix(".part")
         unfinished.write_text(f"{config.namespace}.{config.component}.{config.endpoint}", encoding="utf-8")
         unfinished.replace(self._announce)
+        self._recorder.watch(engine)
         return engine, config
 
 
-def serve(engine_name: str, namespace: str, announce: Path, argv: list[str]) -> None:
+def serve(engine_name: str, namespace: str, announce: Path, records: int, argv: list[str]) -> None:
     """Run the engine in Dynamo's worker, until SIGTERM."""
+    os.set_inheritable(records, False)  # it is not for the engine's own children
     with _private_stdin() as lifeline:
         threading.Thread(target=_end_with_parent, args=(lifeline,), name="lifeline", daemon=True).start()
         sys.argv = [engine_name, *argv]  # for an engine that looks there
-        dynamo_module("run").run(LocalEngine(find_engine(engine_name), namespace, announce), argv)
+        engine = LocalEngine(find_engine(engine_name), namespace, announce, Recorder(records))
+        dynamo_module("run").run(engine, argv)
 
 
 @contextlib.contextmanager
@@ -256,12 +263,13 @@ def main() -> None:
     worker.add_argument("--engine", required=True)
     worker.add_argument("--namespace", required=True)
     worker.add_argument("--announce", required=True, type=Path)
+    worker.add_argument("--records", required=True, type=int)
     worker.add_argument("argv", nargs="*")
     client = parts.add_parser("client")
     client.add_argument("--folder", required=True, type=Path)
     arguments = parser.parse_args()
     if arguments.part == "worker":
-        serve(arguments.engine, arguments.namespace, arguments.announce, arguments.argv)
+        serve(arguments.engine, arguments.namespace, arguments.announce, arguments.records, arguments.argv)
         return
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever Dynamo prints belongs into the log

@@ -43,6 +43,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+from conformance.worker_records import Record, read_records
+
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 20.0
 _POLL_S = 0.01
@@ -183,14 +185,16 @@ class WorkerDriver:
         *,
         log_path: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        on_record: Callable[[Record], None] = lambda _: None,
     ) -> None:
         self.engine = engine
         self.argv = list(argv)
         self._environment = dict(environment or {})
         self._given_log_path = log_path
+        self.on_record = on_record
         self._folder: Path | None = None
         self._endpoint = ""
-        self._worker: _Child | None = None
+        self._worker: _Worker | None = None
         self._client: _Client | None = None
         self._last_log = ""
 
@@ -317,12 +321,12 @@ class WorkerDriver:
         assert self._folder is not None
         announced = self._folder / "endpoint"
         namespace = f"conformance-{uuid.uuid4().hex[:12]}"
-        arguments = ["worker", "--engine", self.engine, "--namespace", namespace, "--announce", str(announced)]
-        self._worker = _Child(
-            "worker",
-            [*arguments, "--", *self.argv],
+        self._worker = _Worker(
+            ["--engine", self.engine, "--namespace", namespace, "--announce", str(announced)],
+            self.argv,
             self._child_environment({"DYN_NAMESPACE": namespace}),
             self._given_log_path or self._folder / "worker.log",
+            self.on_record,
         )
         await self._until(announced.exists, "the engine's from_args has not returned", deadline_s, within_s)
         self._endpoint = announced.read_text(encoding="utf-8")
@@ -360,7 +364,14 @@ class WorkerDriver:
 class _Child:
     """A process in a session of its own, so that Ctrl-C is not for it and its children can be ended with it."""
 
-    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log_path: Path,
+        pipes: Sequence[int] = (),
+    ) -> None:
         self.name = name
         self._log_path = log_path
         with log_path.open("ab") as log:
@@ -371,6 +382,7 @@ class _Child:
                 stderr=log,
                 env=environment,
                 start_new_session=True,
+                pass_fds=pipes,
             )
 
     @property
@@ -410,6 +422,38 @@ class _Child:
         if self.process.stdin is not None:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
+
+
+class _Worker(_Child):
+    """The process with the engine. `on_record` hears, on a thread of its own, what the engine says."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        log_path: Path,
+        on_record: Callable[[Record], None],
+    ) -> None:
+        ours, its = os.pipe()
+        self._records = os.fdopen(ours, "rb")
+        try:
+            words = ["worker", *arguments, "--records", str(its), "--", *argv]
+            super().__init__("worker", words, environment, log_path, [its])
+        finally:
+            os.close(its)
+        self._on_record = on_record
+        self._listener = threading.Thread(target=self._listen, name="conformance-records", daemon=True)
+        self._listener.start()
+
+    def kill(self) -> None:
+        super().kill()
+        self._listener.join(_DYING_S)  # a process that left the worker's session may hold the pipe open
+
+    def _listen(self) -> None:
+        with self._records:
+            for record in read_records(self._records):
+                self._on_record(record)
 
 
 class _Client(_Child):

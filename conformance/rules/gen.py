@@ -10,7 +10,7 @@ import asyncio
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hypothesis import assume
@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from conformance import release
 from conformance.bench import Bench, Draw
+from conformance.reproducer import as_code
 from conformance.rules import check
 from conformance.rules.machine import concurrent_requests
 from conformance.runner_errors import NotHere
-from conformance.streams import Stream
+from conformance.streams import DriverName, Stream
 from conformance.transcript import Transcript, expect, tokens_of
-from conformance.wire import MAX_INT32, as_float32, prompts, requests, sampling_options, wire_request
+from conformance.wire import as_float32, prompts, requests, sampling_options, wire_request
 
 MAX_U32 = 2**32 - 1
 MAX_U64 = 2**64 - 1
@@ -48,7 +49,9 @@ KNOWN_KEYS = frozenset(
         "worker_trace_link",
     }
 )
-ALL_TOKENS_S = 256  # a budget of that many tokens cannot be a library's default of 16 or 128
+# Those that Rust takes for any JSON; the others have a type of their own, and numpy's scalars pass for theirs.
+OPAQUE_KEYS = frozenset({"disaggregated_params", "encoder_result", "engine_data", "extra_args"})
+MANY_TOKENS = 256  # an answer that long was not cut by a library's default of 16 or 128
 
 
 # One stream: its ends.
@@ -69,6 +72,7 @@ def terminal_once_of(transcript: Transcript) -> None:
             f"chunk {terminals[:1]} has a finish_reason, and then the stream raised "
             f"{type(transcript.error).__name__}; a stream ends once",
             transcript,
+            shows="len(chunks) < 2 or not any(chunk.get('finish_reason') for chunk in chunks)",
         )
         return
     expect(
@@ -129,7 +133,12 @@ def chunk_mapping_of(transcript: Transcript) -> None:
             shows="all(isinstance(chunk, dict) for chunk in chunks)",
         )
         keys = [key for key in chunk if not isinstance(key, str)]
-        expect(not keys, f"a chunk has the keys {keys!r}; keys are str", transcript)
+        expect(
+            not keys,
+            f"a chunk has the keys {keys!r}; keys are str",
+            transcript,
+            shows="all(isinstance(key, str) for chunk in chunks for key in chunk)",
+        )
         expect(
             "token_ids" in chunk,
             f"a chunk has no token_ids, only {sorted(chunk)}; every chunk has it, [] where there is no token",
@@ -149,17 +158,17 @@ def token_ids_of(transcript: Transcript) -> None:
             continue  # gen.chunk_mapping says so
         ids = chunk["token_ids"]
         expect(
-            isinstance(ids, list | tuple | set | frozenset | range | bytes),
+            isinstance(ids, Sequence | set | frozenset) and not isinstance(ids, str),
             f"token_ids is {type(ids).__name__}; the bridge takes a list (or another sequence or set) of ints",
             transcript,
-            shows="all(isinstance(chunk['token_ids'], list) for chunk in chunks)",
+            shows="all(isinstance(chunk.get('token_ids'), list | tuple) for chunk in chunks)",
         )
         for token_id in ids:
             expect(
                 _is_integer(token_id) and 0 <= int(token_id) <= MAX_U32,
                 f"token_ids holds {token_id!r}; token ids are ints from 0 to 2^32 - 1",
                 transcript,
-                shows="all(isinstance(t, int) and 0 <= t < 2**32 for chunk in chunks for t in chunk['token_ids'])",
+                shows="all(hasattr(t, '__index__') and 0 <= t < 2**32 for chunk in chunks for t in chunk['token_ids'])",
             )
 
 
@@ -199,9 +208,7 @@ def known_keys_of(transcript: Transcript) -> None:
             not unknown,
             f"a chunk has the keys {unknown}, which nobody reads; known are {', '.join(sorted(KNOWN_KEYS))}",
             transcript,
-            shows=f"all(set(chunk) <= {sorted(KNOWN_KEYS)!r} for chunk in chunks)".replace("<= [", "<= set([").replace(
-                "] for", "]) for"
-            ),
+            shows=f"all(set(chunk) <= set({sorted(KNOWN_KEYS)!r}) for chunk in chunks)",
         )
 
 
@@ -215,11 +222,11 @@ def json_safe_of(transcript: Transcript) -> None:
     for chunk in transcript.chunks:
         if not isinstance(chunk, Mapping):
             continue
-        for key in set(chunk) - {"token_ids"}:
+        for key in sorted(OPAQUE_KEYS & set(chunk)):
             problem = not_json_safe(chunk[key])
             expect(
                 not problem,
-                f"{key} holds {problem}; only None, bool, int below 2^64, float, str, list and dict with str keys cross",
+                f"{key} holds {problem}; only None, bool, int below 2^64, float, str, list, dict with str keys cross",
                 transcript,
                 shows="[__import__('json').dumps(chunk) for chunk in chunks]",
             )
@@ -255,18 +262,21 @@ async def delta_not_cumulative(bench: Bench, draw: Draw) -> None:
 
 def delta_not_cumulative_of(transcript: Transcript, budget: int) -> None:
     parts = [tokens for chunk in transcript.chunks if (tokens := tokens_of(chunk))]
-    repeats = [
-        i
-        for i in range(1, len(parts))
-        if len(parts[i]) > len(parts[i - 1]) and parts[i][: len(parts[i - 1])] == parts[i - 1]
-    ]
-    is_cumulative = len(repeats) == len(parts) - 1 and len(parts) > 1
+    sent: list[int] = []  # what an honest reader of deltas has before each chunk, and what a reader of totals has
+    totals: list[int] = []
+    repeats = []
+    for i, part in enumerate(parts):
+        if i > 0 and (part[: len(sent)] == sent or (part[: len(totals)] == totals and len(part) > len(totals))):
+            repeats.append(i)
+        sent, totals = sent + part, part
+    # As deltas they would be more than was asked for; else one token over and over could look like this as well.
+    is_too_long = len(sent) > budget
     expect(
-        not is_cumulative,
-        "every chunk begins with all tokens of the chunk before it; token_ids are the new tokens only",
+        not (is_too_long and len(parts) > 1 and (len(repeats) == len(parts) - 1 or repeats == [len(parts) - 1])),
+        f"chunks with {', '.join(str(len(part)) for part in parts)} tokens for max_tokens={budget}, which repeat all "
+        "tokens before them; token_ids are the new tokens only",
         transcript,
-        shows="sum(len(chunk['token_ids']) for chunk in chunks) == len(chunks[-1]['token_ids']) or len(chunks) < 2"
-        f" or sum(len(chunk['token_ids']) for chunk in chunks) <= {budget}",
+        shows=f"sum(len(chunk['token_ids']) for chunk in chunks) <= {budget}",
     )
 
 
@@ -315,7 +325,7 @@ async def max_tokens_zero(bench: Bench, draw: Draw) -> None:
     num_tokens = len(transcript.token_ids)
     expect(
         num_tokens == 0,
-        f"{num_tokens} tokens for max_tokens=0, as if it were not set; give none and a terminal, or raise InvalidArgument",
+        f"{num_tokens} tokens for max_tokens=0, as if it were not set; give none and a terminal, or InvalidArgument",
         transcript,
         shows="sum(len(chunk.get('token_ids', [])) for chunk in chunks) == 0",
     )
@@ -324,83 +334,83 @@ async def max_tokens_zero(bench: Bench, draw: Draw) -> None:
             isinstance(transcript.error, _client_errors()),
             f"max_tokens=0 raised {type(transcript.error).__name__}; the typed error for it is InvalidArgument",
             transcript,
+            shows=_not_raised(transcript),
         )
     else:
-        expect(transcript.terminals, "the stream has no terminal chunk", transcript)
+        expect(
+            transcript.terminals,
+            "max_tokens=0 gave a stream without a terminal chunk; finish_reason is 'length' there",
+            transcript,
+            shows="chunks and chunks[-1].get('finish_reason')",
+        )
 
 
 @check("gen.default_budget", max_examples=6)
 async def default_budget(bench: Bench, draw: Draw) -> None:
-    context = bench.numbers["context_length"]
+    context = bench.facts.numbers.get("context_length")
     if not isinstance(context, int):
         raise NotHere("the engine does not say its context_length")
     request = draw(requests(max_isl=8, max_tokens=st.none()))
     request["stop_conditions"]["ignore_eos"] = True
     room = context - len(request["token_ids"])
-    enough = min(room, ALL_TOKENS_S)
+    enough = min(room - 8, MANY_TOKENS)  # engines differ on whether the last few places can be filled
+    if enough < 1:
+        raise NotHere(f"context_length is {context}")
     if bench.facts.gap_s * enough > 20 and not bench.is_virtual:
         raise NotHere(f"{enough} tokens would take {bench.facts.gap_s * enough:.0f} s")
-    stream = await bench.open(request)
-    await _until_tokens(stream, enough, bench.answer_within_s(enough))
-    stream.stop()
-    transcript = await stream.finish(bench.answer_within_s())
+    transcript = await bench.talk(request, stop_after=enough, within_s=bench.answer_within_s(enough))
     num_tokens = len(transcript.token_ids)
     reason = transcript.finish_reason
     expect(
         num_tokens >= enough or reason in ("stop", "eos"),
-        f"without max_tokens the answer ends after {num_tokens} tokens ({reason}), though the context has room for "
-        f"{room}; a client that sets no limit wants the whole answer",
+        f"without max_tokens the answer ends after {num_tokens} tokens ({_outcome(transcript)}), though the context "
+        f"has room for {room}; a client that sets no limit wants the whole answer",
         transcript,
-        shows=f"sum(len(chunk['token_ids']) for chunk in chunks) >= {enough}",
+        shows=f"sum(len(chunk.get('token_ids', [])) for chunk in chunks) >= {enough}",
     )
-
-
-async def _until_tokens(stream: Stream, num_tokens: int, within_s: float) -> None:
-    loop = asyncio.get_running_loop()
-    end_s = loop.time() + within_s
-    num_chunks = 1
-    while len(stream.transcript.token_ids) < num_tokens and not stream.is_over and loop.time() < end_s:
-        await stream.wait_chunks(num_chunks, end_s - loop.time())
-        num_chunks = len(stream.transcript.chunks) + 1
 
 
 @check("gen.stop_tokens")
 async def stop_tokens(bench: Bench, draw: Draw) -> None:
     base = draw(requests(max_tokens=st.just(12)))
-    base["stop_conditions"]["ignore_eos"] = None
+    base["stop_conditions"] |= {"ignore_eos": None, "min_tokens": None}
     base["sampling_options"] = {**base["sampling_options"], "temperature": 0.0}
-    first = await bench.answer(base)
+    tokens = (await bench.answer(base)).token_ids
     again = await bench.answer(copy.deepcopy(base))
-    tokens = first.token_ids
     if tokens != again.token_ids or len(tokens) < 2:
         raise NotHere("answers to the same greedy request differ, so what it will say cannot be known")
     place = draw(st.integers(0, len(tokens) - 1))
     key = draw(st.sampled_from(["stop_token_ids", "stop_token_ids_hidden", "eos_token_ids"]))
-    min_tokens = draw(st.sampled_from([None, 0, place + 2]))
-    ignore_eos = key == "eos_token_ids" and draw(st.booleans())
+    kind = draw(st.sampled_from(["stops", "is too soon"] + ["is ignored"] * (key == "eos_token_ids")))
+    assume(kind != "is too soon" or place + 3 <= len(tokens))
     request = copy.deepcopy(base)
-    request["stop_conditions"]["min_tokens"] = min_tokens
-    request["stop_conditions"]["ignore_eos"] = ignore_eos or None
+    request["stop_conditions"]["min_tokens"] = place + 3 if kind == "is too soon" else draw(st.sampled_from([None, 0]))
+    request["stop_conditions"]["ignore_eos"] = True if kind == "is ignored" else None
     if key == "eos_token_ids":
         request["eos_token_ids"] = [tokens[place]]
     else:
         request["stop_conditions"][key] = [tokens[place]]
     transcript = await bench.answer(request)
-    ends = [i + 1 for i, token in enumerate(tokens) if token == tokens[place] and i + 1 >= (min_tokens or 0)]
-    expected = len(tokens) if ignore_eos or not ends else ends[0]
     num_tokens = len(transcript.token_ids)
-    # The stop token itself may be left out of what is sent (a hidden one).
-    allowed = {expected} if expected == len(tokens) and not ends else {expected, expected - 1}
+    first = tokens.index(tokens[place]) + 1
+    # The stop token itself may be left out of what is sent. While an end is too soon, an engine may choose other
+    # tokens in its place, so that all that follows is another answer; and what ended the first may be ignored too.
+    fewest, most = {
+        "stops": (first - 1, first),
+        "is too soon": (place + 2, len(tokens)),
+        "is ignored": (len(tokens), 12),
+    }[kind]
+    options = {name: value for name, value in request["stop_conditions"].items() if value is not None}
     expect(
-        num_tokens in allowed,
-        f"{key}=[{tokens[place]}], min_tokens={min_tokens}, ignore_eos={ignore_eos or None}: {num_tokens} tokens came, "
-        f"where {expected} were due (the answer without it is {tokens})",
+        fewest <= num_tokens <= most,
+        f"with {key}=[{tokens[place]}] and {options}, {num_tokens} tokens came, where {fewest} to {most} were due; "
+        f"without it the answer is {tokens}",
         transcript,
-        shows=f"sum(len(chunk['token_ids']) for chunk in chunks) in {sorted(allowed)}",
+        shows=f"{fewest} <= sum(len(chunk['token_ids']) for chunk in chunks) <= {most}",
     )
-    if ends and not ignore_eos:
+    if kind == "stops" and first < len(tokens):
         expect(
-            transcript.finish_reason in ("stop", "eos") or expected == len(tokens),
+            transcript.finish_reason in ("stop", "eos"),
             f"finish_reason is {transcript.finish_reason!r} at a stop token; it is 'stop' or 'eos'",
             transcript,
             shows="chunks[-1]['finish_reason'] in ('stop', 'eos')",
@@ -418,6 +428,7 @@ async def n(bench: Bench, draw: Draw) -> None:
             isinstance(transcript.error, _client_errors()),
             f"n={num_choices} raised {type(transcript.error).__name__}; what an engine does not do is InvalidArgument",
             transcript,
+            shows=_not_raised(transcript),
         )
         return
     indices = {chunk.get("index") for chunk in transcript.chunks if isinstance(chunk, Mapping) and tokens_of(chunk)}
@@ -432,28 +443,25 @@ async def n(bench: Bench, draw: Draw) -> None:
 
 @check("gen.context_overflow")
 async def context_overflow(bench: Bench, draw: Draw) -> None:
-    context = bench.numbers["context_length"]
+    context = bench.facts.numbers.get("context_length")
     if not isinstance(context, int) or context > 200_000:
         raise NotHere(f"context_length is {context}; prompts around it cannot be made")
-    isl = max(1, context + draw(st.integers(-6, 6) | st.sampled_from([-1, 0, 1, context])))
+    is_slow = not bench.is_virtual and context > 8192  # a prompt that just fits would be computed, again and again
+    beyond = st.integers(0, 6) | st.sampled_from([0, 1, context])
+    isl = max(1, context + draw(beyond if is_slow else st.integers(-6, 6) | beyond))
     budget = draw(st.integers(1, 12))
     request = wire_request([7] * isl, max_tokens=budget, stop={"ignore_eos": True})
     transcript = await bench.talk(request)
     num_tokens = len(transcript.token_ids)
-    if isl >= context:
+    if isl > context or (isl == context and num_tokens > 0) or transcript.error is not None:
         expect(
             isinstance(transcript.error, _client_errors()),
             f"a prompt of {isl} tokens, for a context of {context}, gave "
             f"{_outcome(transcript)}; it is the client's mistake: InvalidArgument",
             transcript,
-            shows="'raised' in chunks[-1]",
-        )
-        return
-    if transcript.error is not None:
-        expect(
-            isinstance(transcript.error, _client_errors()),
-            f"a prompt of {isl} tokens, for a context of {context}, raised {_outcome(transcript)}",
-            transcript,
+            shows="'InvalidArgument(' in chunks[-1].get('raised', '')"
+            if transcript.error is None
+            else _not_raised(transcript),
         )
         return
     expect(
@@ -474,17 +482,27 @@ async def empty_prompt(bench: Bench, draw: Draw) -> None:
             isinstance(transcript.error, _client_errors()),
             f"an empty prompt raised {_outcome(transcript)}; the typed error for it is InvalidArgument",
             transcript,
+            shows=_not_raised(transcript),
         )
     else:
-        expect(transcript.terminals, "an empty prompt gave a stream without a terminal chunk", transcript)
+        expect(
+            transcript.terminals,
+            "an empty prompt gave a stream without a terminal chunk",
+            transcript,
+            shows="chunks and chunks[-1].get('finish_reason')",
+        )
     after = await bench.talk(draw(requests()))
     expect(after.error is None, "after an empty prompt the engine serves nobody any more", transcript, after)
 
 
 def _outcome(transcript: Transcript) -> str:
     if transcript.error is not None:
-        return f"{type(transcript.error).__name__}: {transcript.error}"
+        return f"{type(transcript.error).__name__}: {transcript.error}".removesuffix(": ")
     return f"{len(transcript.token_ids)} tokens and finish_reason {transcript.finish_reason!r}"
+
+
+def _not_raised(transcript: Transcript) -> str:
+    return f"not chunks[-1].get('raised', '').startswith('{type(transcript.error).__name__}(')"
 
 
 def _client_errors() -> tuple[type[BaseException], ...]:
@@ -521,9 +539,12 @@ def usage_arith_of(transcript: Transcript) -> None:
             continue
         keys = ("prompt_tokens", "completion_tokens", "total_tokens")
         expect(
-            isinstance(usage, Mapping) and all(type(usage.get(key)) is int and usage[key] >= 0 for key in keys),
-            f"completion_usage is {usage!r}; it has {', '.join(keys)}, ints of at least 0, or the bridge refuses the chunk",
+            isinstance(usage, Mapping)
+            and all(_is_integer(count) and count >= 0 for count in (usage.get(key, -1) for key in keys)),
+            f"completion_usage is {usage!r}; it has {', '.join(keys)}, ints of at least 0, or the bridge refuses it",
             transcript,
+            shows=f"all(isinstance(c['completion_usage'].get(key), int) and c['completion_usage'][key] >= 0 "
+            f"for c in chunks if c.get('completion_usage') for key in {keys})",
         )
         prompt, completion, total = (usage[key] for key in keys)
         num_prompt = len(transcript.request["token_ids"])
@@ -533,11 +554,12 @@ def usage_arith_of(transcript: Transcript) -> None:
             f"{num_output} tokens came: {num_prompt} + {num_output} = {num_prompt + num_output}",
             transcript,
             shows=f"all(c['completion_usage']['prompt_tokens'] == {num_prompt} and c['completion_usage']"
-            "['completion_tokens'] == sum(len(d['token_ids']) for d in chunks) for c in chunks if c.get('completion_usage'))",
+            "['completion_tokens'] == sum(len(d['token_ids']) for d in chunks) == c['completion_usage']['total_tokens']"
+            f" - {num_prompt} for c in chunks if c.get('completion_usage'))",
         )
 
 
-@check("gen.usage_single")
+@check("gen.usage_single", max_examples=20)
 async def usage_single(bench: Bench, draw: Draw) -> None:
     request = draw(requests(max_tokens=st.integers(1, 6)))
     request["sampling_options"]["n"] = draw(st.sampled_from([None, 1, 2, 3]))
@@ -548,22 +570,24 @@ async def usage_single(bench: Bench, draw: Draw) -> None:
 
 def usage_single_of(transcript: Transcript) -> None:
     counts = [
-        chunk["completion_usage"].get("completion_tokens")
+        int(chunk["completion_usage"].get("completion_tokens") or 0)
         for chunk in transcript.chunks
         if isinstance(chunk, Mapping) and isinstance(chunk.get("completion_usage"), Mapping)
     ]
     expect(
-        all(isinstance(count, int) for count in counts) and counts == sorted(counts),
+        counts == sorted(counts),
         f"completion_usage came {len(counts)} times, with {counts} completion tokens; it comes once, or grows",
         transcript,
+        shows="(u := [c['completion_usage']['completion_tokens'] for c in chunks if c.get('completion_usage')])"
+        " == sorted(u)",
     )
-    if len(counts) > 1:
-        expect(
-            counts[-1] == len(transcript.token_ids),
-            f"the last completion_usage counts {counts[-1]} of {len(transcript.token_ids)} tokens: one choice only, "
-            "where it is for all choices together",
-            transcript,
-        )
+    expect(
+        not counts or counts[-1] >= len(transcript.token_ids),
+        f"the last completion_usage counts {counts[-1:]} of {len(transcript.token_ids)} tokens: one choice only, "
+        "where it is for all choices together",
+        transcript,
+        shows="chunks[-1]['completion_usage']['completion_tokens'] >= sum(len(chunk['token_ids']) for chunk in chunks)",
+    )
 
 
 # What comes in.
@@ -577,6 +601,8 @@ async def wire_form(bench: Bench, draw: Draw) -> None:
         sampling={"temperature": as_float32(0.1), **draw(sampling_options())},
     )
     transcript = await bench.talk(request)
+    if isinstance(transcript.error, _client_errors()) and max(request["token_ids"]) > 200:  # beyond its vocabulary
+        transcript = await bench.talk({**request, "token_ids": [1 + token % 200 for token in request["token_ids"]]})
     expect(
         transcript.error is None and transcript.terminals,
         f"a request as Dynamo writes it (every option key present, None where unset) gave {_outcome(transcript)}",
@@ -601,7 +627,7 @@ async def sparse_request(bench: Bench, draw: Draw) -> None:
     transcript = await bench.talk(request, stop_after=6)
     expect(
         transcript.error is None and transcript.terminals,
-        f"a request with the keys {sorted(request)} gave {_outcome(transcript)}; absent groups and unknown keys are normal",
+        f"a request with only {sorted(request)} gave {_outcome(transcript)}; absent groups, unknown keys are normal",
         transcript,
         shows="chunks[-1].get('finish_reason')",
     )
@@ -609,11 +635,11 @@ async def sparse_request(bench: Bench, draw: Draw) -> None:
 
 @check("gen.packed_ids")
 async def packed_ids(bench: Bench, draw: Draw) -> None:
-    ids = draw(st.lists(st.integers(1, 200) | st.integers(1, MAX_INT32), min_size=1, max_size=24))
+    ids = draw(prompts())
     budget = draw(st.integers(1, 6))
-    plain = await bench.answer(wire_request(ids, max_tokens=budget))
-    packed = wire_request([], max_tokens=budget)
-    packed["token_ids"] = b"".join(token.to_bytes(4, "little") for token in ids)
+    plain, again = [await bench.answer(wire_request(ids, max_tokens=budget)) for _ in range(2)]
+    as_bytes = b"".join(token.to_bytes(4, "little") for token in ids)
+    packed = {**wire_request([], max_tokens=budget), "token_ids": as_bytes}
     transcript = await bench.talk(packed)
     expect(
         transcript.error is None and transcript.terminals,
@@ -628,10 +654,22 @@ async def packed_ids(bench: Bench, draw: Draw) -> None:
         or usage.get("prompt_tokens") == expected.get("prompt_tokens"),
         f"packed, the prompt counts as {usage and usage.get('prompt_tokens')} tokens; it has {len(ids)}",
         transcript,
+        shows=f"chunks[-1]['completion_usage']['prompt_tokens'] == {len(ids)}",
     )
+    if plain.token_ids == again.token_ids:
+        expect(
+            transcript.token_ids == plain.token_ids,
+            f"packed, the prompt is answered with {transcript.token_ids}, and as a list with {plain.token_ids}",
+            transcript,
+            shows=_says(plain),
+        )
 
 
-@check("gen.no_mutation")
+def _says(transcript: Transcript) -> str:
+    return f"[token for chunk in chunks for token in chunk.get('token_ids', [])] == {transcript.token_ids}"
+
+
+@check("gen.no_mutation", in_process=True)
 async def no_mutation(bench: Bench, draw: Draw) -> None:
     request = await bench.prepared(draw(requests()))
     before = copy.deepcopy(request)
@@ -644,13 +682,30 @@ async def no_mutation(bench: Bench, draw: Draw) -> None:
         not changed,
         f"generate changed {', '.join(changed)} of the request: {request.get(changed[0]) if changed else ''!r}",
         transcript,
+        code=_MUTATION_CODE.format(request=as_code(before), stop_after=len(transcript.chunks) or 1),
     )
+
+
+_MUTATION_CODE = """
+import copy
+from dynamo._core import Context
+engine, _ = await Engine.from_args(ARGV)
+await engine.start(1)
+request = {request}
+before, num_chunks = copy.deepcopy(request), 0
+async for chunk in engine.generate(request, context=Context("r1")):
+    num_chunks += 1
+    if num_chunks == {stop_after}:
+        break
+await engine.cleanup()
+assert request == before, [key for key in {{*request, *before}} if request.get(key) != before.get(key)]
+"""
 
 
 # Several streams.
 
 
-@check("gen.concurrent", is_machine=True)
+@check("gen.concurrent", is_machine=True, in_process=True)
 def concurrent(bench: Bench) -> Any:
     return concurrent_requests(bench)
 
@@ -669,29 +724,49 @@ async def isolation(bench: Bench, draw: Draw) -> None:
     request["sampling_options"] = {**request["sampling_options"], "temperature": 0.0, "seed": 1}
     alone = await bench.answer(copy.deepcopy(request))
     again = await bench.answer(copy.deepcopy(request))
-    noise = []
+    others: list[tuple[str, dict[str, Any]]] = []
     for _ in range(draw(st.integers(1, 3))):
         kind = draw(st.sampled_from(["whole", "stopped", "dropped", "wrong"]))
         other = draw(requests(max_tokens=st.integers(2, 12)))
-        if kind == "wrong":
-            other["token_ids"] = []
-        noise.append(await bench.open(other, **_NOISE[kind]))
-    beside = await bench.talk(copy.deepcopy(request))
-    for stream in noise:
-        await stream.finish(bench.answer_within_s())
+        others.append((kind, {**other, "token_ids": []} if kind == "wrong" else other))
+    beside, noise = await _beside(bench, request, others)
     expect(
-        beside.error is None and beside.finish_reason == alone.finish_reason,
-        f"alone, the request ends with {_outcome(alone)}; beside others, with {_outcome(beside)}",
+        beside.error is None and beside.terminals and not beside.is_cancelled,
+        f"alone, the request gives {_outcome(alone)}; beside others that fail or leave, {_outcome(beside)}",
         beside,
-        *(stream.transcript for stream in noise),
+        *noise,
+        shows="chunks[-1].get('finish_reason') not in (None, 'cancelled', 'abort')",
     )
-    if alone.token_ids == again.token_ids:
+    is_exact = _same(alone, again)
+    if is_exact and not bench.is_virtual:
+        # On a real device the size of the batch may change the last bits, and so a token.
+        calm, _ = await _beside(bench, request, [("whole", other) for kind, other in others if kind != "wrong"])
+        is_exact = _same(alone, calm)
+    if is_exact:
         expect(
-            beside.token_ids == alone.token_ids,
-            f"alone, the answer is {alone.token_ids}; beside others, {beside.token_ids}",
+            _same(beside, alone),
+            f"alone, the answer is {alone.token_ids} ({alone.finish_reason}); beside others that fail or leave, "
+            f"{beside.token_ids} ({beside.finish_reason})",
             beside,
-            *(stream.transcript for stream in noise),
+            *noise,
+            shows=_says(alone),
         )
+
+
+async def _beside(
+    bench: Bench, request: Mapping[str, Any], others: Sequence[tuple[str, Mapping[str, Any]]]
+) -> tuple[Transcript, list[Transcript]]:
+    """The answer while others are answered, stopped, dropped or refused; and what those were told."""
+    noise = []
+    for kind, other in others:
+        places: Any = {"stopped": {"stop_after": 1, "aborts": True}, "dropped": {"drop_after": 1}}.get(kind, {})
+        noise.append(await bench.open(other, **places))
+    beside = await bench.talk(copy.deepcopy(dict(request)))
+    return beside, [await stream.finish(bench.answer_within_s()) for stream in noise]
+
+
+def _same(one: Transcript, other: Transcript) -> bool:
+    return one.token_ids == other.token_ids and one.finish_reason == other.finish_reason
 
 
 @check("gen.determinism")
@@ -705,34 +780,39 @@ async def determinism(bench: Bench, draw: Draw) -> None:
         f"the same request (seed {seed}) was answered with {first.token_ids} and then with {second.token_ids}",
         first,
         second,
+        shows="[chunk['token_ids'] for chunk in chunks] == [chunk['token_ids'] for chunk in others[0]]",
     )
 
 
-@check("gen.step_per_task")
+@check("gen.step_per_task", in_process=True)
 async def step_per_task(bench: Bench, draw: Draw) -> None:
     request = draw(requests(max_tokens=st.integers(2, 8)))
     request["sampling_options"] |= {"temperature": 0.0, "seed": 1}
     stop_after = draw(st.none() | st.integers(1, 3))
     request = dict(await bench.prepared(request))
-    plain = Stream("plain", bench.engine, copy.deepcopy(request), bench.next_id(), stop_after=stop_after)
-    plainly = await plain.finish(bench.answer_within_s())
-    bridge = Stream("bridge", bench.engine, copy.deepcopy(request), bench.next_id(), stop_after=stop_after)
-    transcript = await bridge.finish(bench.answer_within_s())
+
+    async def read(driver: DriverName) -> Transcript:
+        stream = Stream(driver, bench.engine, copy.deepcopy(request), bench.next_id(), stop_after=stop_after)
+        return await stream.finish(bench.answer_within_s())
+
+    plain, transcript = await read("plain"), await read("bridge")
+    assume(plain.error is None and not plain.is_hung)  # other rules say so
+    why = "no ContextVar, asyncio.timeout, TaskGroup or cancel scope lives across a yield"
     expect(
-        not transcript.is_hung and (transcript.error is None or plainly.error is not None),
-        f"read by one task the stream gave {_outcome(plainly)}, and with a new task for every step "
-        f"{_outcome(transcript)}; no ContextVar, asyncio.timeout, TaskGroup or cancel scope lives across a yield",
+        not transcript.is_hung and transcript.error is None and transcript.terminals,
+        f"read by one task the stream gave {_outcome(plain)}; with a new task for every step it "
+        f"{'never ended' if transcript.is_hung else f'gave {_outcome(transcript)}'}: {why}",
         transcript,
-        plainly,
         shows="chunks[-1].get('finish_reason')",
     )
-    if stop_after is None:  # how far a stopped stream came is a matter of timing
+    if stop_after is None and not _same(plain, transcript) and _same(plain, await read("plain")):
+        again = await read("bridge")
         expect(
-            len(transcript.token_ids) == len(plainly.token_ids) and transcript.finish_reason == plainly.finish_reason,
-            f"read by one task the stream gave {_outcome(plainly)}, "
-            f"and with a new task for every step {_outcome(transcript)}",
-            transcript,
-            plainly,
+            _same(plain, again),
+            f"read by one task the stream gave {_outcome(plain)}, each time; with a new task for every step "
+            f"{_outcome(again)}: {why}",
+            again,
+            shows=_says(plain),
         )
 
 
@@ -745,7 +825,29 @@ async def latency(bench: Bench, draw: Draw) -> None:
         f"while the engine generated, nothing else on the event loop ran for {longest_s:.2f} s; "
         f"above {limit_s} s the worker's heartbeats and other requests suffer. Use asyncio.to_thread for long work",
         *bench.transcripts,
+        code=_LATENCY_CODE.format(request=as_code(bench.transcripts[-1].request), limit_s=limit_s),
     )
+
+
+_LATENCY_CODE = """
+import time
+from dynamo._core import Context
+engine, _ = await Engine.from_args(ARGV)
+await engine.start(1)
+gaps = []
+async def heartbeat():
+    while True:
+        began_s = time.perf_counter()
+        await asyncio.sleep(0.01)
+        gaps.append(time.perf_counter() - began_s)
+beating = asyncio.create_task(heartbeat())
+await asyncio.sleep(0.05)
+chunks = [chunk async for chunk in engine.generate({request}, context=Context("r1"))]
+await asyncio.sleep(0.05)
+beating.cancel()
+await engine.cleanup()
+assert max(gaps) < {limit_s}, f"nothing else ran for {{max(gaps):.2f}} s"
+"""
 
 
 async def _longest_block_s(bench: Bench, batch: list[Any]) -> float:

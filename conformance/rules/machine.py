@@ -17,23 +17,33 @@ from conformance.bench import Bench
 from conformance.resources import probe_of
 from conformance.streams import Stream
 from conformance.transcript import expect
-from conformance.wire import requests
+from conformance.wire import requests, wire_request
 
 
 def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
     """A state machine on the bench's engine."""
+    limit = bench.facts.numbers.get("max_num_seqs")
+    is_one = bench.facts.role == "prefill"  # one token, whatever max_tokens says
+    most = min(limit if isinstance(limit, int) else 8, 8) + 3  # some have to wait for a place
 
     class ConcurrentRequests(RuleBasedStateMachine):
         tries: Any = None
         streams = Bundle("streams")
 
-        @initialize()
-        def start(self) -> None:
+        @initialize(target=streams, batch=st.lists(requests(), min_size=2, max_size=most))
+        def start(self, batch: Any) -> Any:
+            """Some at once to begin with: what comes then may be little, as Hypothesis sees fit."""
             self.tries.num += 1
             self.all: list[Stream] = []
             self.is_broken = True
             bench.begin_example()
             bench.run(bench.ensure_engine())
+            return multiple(*(self._open(request) for request in batch))
+
+        def _open(self, request: Any) -> Stream:
+            stream: Stream = self._do(bench.open(request))
+            self.all.append(stream)
+            return stream
 
         def _do(self, coroutine: Any) -> Any:
             try:
@@ -44,13 +54,9 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
 
         @rule(target=streams, request=requests())
         def generate(self, request: Any) -> Any:
-            limit = bench.numbers.get("max_num_seqs")
-            num_open = sum(not stream.is_over for stream in self.all)
-            if num_open >= min(limit if isinstance(limit, int) else 8, 8) + 3:
+            if sum(not stream.is_over for stream in self.all) >= most:
                 return multiple()
-            stream = self._do(bench.open(request))
-            self.all.append(stream)
-            return stream
+            return self._open(request)
 
         @rule(steps=st.sampled_from([0.0, 0.3, 1.0, 3.5]))
         def let_time_pass(self, steps: float) -> None:
@@ -123,9 +129,20 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
                     f"{len(transcript.token_ids)} tokens for max_tokens={budget}",
                     transcript,
                 )
+                expect(
+                    transcript.finish_reason != "length" or is_one or len(transcript.token_ids) == budget,
+                    f"beside others, finish_reason is 'length' after {len(transcript.token_ids)} tokens of "
+                    f"max_tokens={budget}",
+                    transcript,
+                    *(other for other in bench.transcripts if other is not transcript),
+                )
             probe = probe_of(bench.engine)
             if probe is not None:
+                if bench.is_virtual:
+                    await bench.let_pass(bench.cancel_within_s)
+                await bench.let_threads_run(lambda: not any(probe.in_use().values()))
                 left = {name: value for name, value in probe.in_use().items() if value}
                 expect(not left, f"when all requests are over the engine still holds {left}", *bench.transcripts)
+            await bench.answer(wire_request([1, 2, 3], max_tokens=3))
 
     return ConcurrentRequests

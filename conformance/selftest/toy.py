@@ -139,7 +139,7 @@ class ToyProbe:
         }
 
     def fault_points(self) -> list[str]:
-        return ["start.begin", "start.end", "request"]
+        return ["start.begin", "start.end", "request", "request.step"]
 
     def inject(self, point: str) -> None:
         self._engine.faults.append(point)
@@ -159,6 +159,7 @@ class ToyEngine(LLMEngine):  # type: ignore[misc]
         self.num_slots_used = 0
         self.blocks = Blocks(NUM_BLOCKS)
         self.transfers: set[str] = set()
+        self.requests_by_rank = [0] * options.data_parallel_size  # all that is done for a rank: it has no cache
         self.snapshots: Any = None
         self.is_asleep = False
         self.is_profiling = False
@@ -172,6 +173,7 @@ class ToyEngine(LLMEngine):  # type: ignore[misc]
         parser.add_argument("--disaggregation-mode", choices=sorted(disaggregation_modes()), default="agg")
         parser.add_argument("--route-to-encoder", action="store_true")
         parser.add_argument("--max-num-seqs", type=int, default=4)
+        parser.add_argument("--data-parallel-size", type=int, default=1)
         parser.add_argument("--step-s", type=float, default=0.01, help="the loop's seconds for one token")
         parser.add_argument("--kv-events", action="store_true")
         parser.add_argument("--metrics", action="store_true")
@@ -213,6 +215,8 @@ class ToyEngine(LLMEngine):  # type: ignore[misc]
             "max_num_seqs": self.options.max_num_seqs,
             "max_num_batched_tokens": CONTEXT_LENGTH,
         }
+        if self.options.data_parallel_size > 1:
+            numbers["data_parallel_size"] = self.options.data_parallel_size
         module = backend()
         if hasattr(module, "LlmRegistration"):
             return module.EngineConfig(model="toy", runtime_data={"kind": "toy"}, llm=module.LlmRegistration(**numbers))
@@ -306,6 +310,7 @@ class ToyEngine(LLMEngine):  # type: ignore[misc]
         """Check the request before anything is taken for it."""
         self.reach("request")
         self.check_handover(request)
+        self.requests_by_rank[self.rank_of(request)] += 1
         prompt = self.prompt_of(request)
         stop = request.get("stop_conditions") or {}
         sampling = request.get("sampling_options") or {}
@@ -335,6 +340,11 @@ class ToyEngine(LLMEngine):  # type: ignore[misc]
             return packed.tolist()
         return list(token_ids)
 
+    def rank_of(self, request: Mapping[str, Any]) -> int:
+        """The rank that the router asks for; this engine's own choice, 0, where it has no such rank."""
+        rank = (request.get("routing") or {}).get("dp_rank")
+        return rank if isinstance(rank, int) and 0 <= rank < self.options.data_parallel_size else 0
+
     def check_lengths(self, prompt: Sequence[int]) -> None:
         if not prompt:
             raise invalid_argument("the prompt is empty")
@@ -349,7 +359,8 @@ class ToyEngine(LLMEngine):  # type: ignore[misc]
         is_probe = request.get("_HEALTH_CHECK") is True
         if self.role == "decode" and not is_probe and not isinstance(request.get("prefill_result"), dict):
             raise invalid_argument("a decode worker needs prefill_result")
-        if self.options.route_to_encoder and not is_probe and not isinstance(request.get("encoder_result"), dict):
+        has_media = self.options.route_to_encoder and request.get("multi_modal_data") is not None
+        if has_media and not is_probe and not isinstance(request.get("encoder_result"), dict):
             raise invalid_argument("encoder_result must be an object")
 
     def max_tokens(self, prompt: Sequence[int], asked: int | None) -> int:
@@ -404,6 +415,7 @@ class ToyEngine(LLMEngine):  # type: ignore[misc]
 
     async def step(self, work: Work, context: Any) -> None:
         """The time of one token; as long as the engine sleeps, none passes."""
+        self.reach("request.step")
         while True:
             await asyncio.sleep(self.options.step_s)
             if not self.is_asleep or self.is_cancelled(work, context):
@@ -532,13 +544,19 @@ class ToyEngine(LLMEngine):  # type: ignore[misc]
         module = submodule("publisher")
         if not self.options.kv_events or module is None or self.role == "encode":
             return []
-        return [module.PushSource(on_ready=self.on_kv_ready, dp_rank=0)]
+        ranks = range(1, self.options.data_parallel_size)
+        others = [module.PushSource(on_ready=self.on_idle_rank_ready, dp_rank=rank) for rank in ranks]
+        return [module.PushSource(on_ready=self.on_kv_ready, dp_rank=0), *others]
 
     def on_kv_ready(self, publisher: Any) -> None:
         self.blocks.publisher = publisher
 
+    def on_idle_rank_ready(self, publisher: Any) -> None:
+        """All KV blocks are in the cache of rank 0."""
+        del publisher
+
     def component_metrics_dp_ranks(self) -> list[int]:
-        return [0] if self.options.metrics else []
+        return list(range(self.options.data_parallel_size)) if self.options.metrics else []
 
     def attach_snapshot_publisher(self, publisher: Any) -> None:
         self.snapshots = publisher
@@ -620,3 +638,47 @@ class ToyWithoutProbe(ToyEngine):
     """The same engine, seen only from outside."""
 
     conformance_probe = None  # type: ignore[assignment]
+
+
+class ToyWithChoices(ToyEngine):
+    """The same engine, and n > 1 as well: all choices go on in step, and one terminal chunk ends them all."""
+
+    def check_choices(self, n: int | None) -> None:
+        pass
+
+    async def generate(self, request: Mapping[str, Any], context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        n = (request.get("sampling_options") or {}).get("n") or 1
+        if n == 1 or self.role == "encode" or not self.is_running:
+            async for chunk in super().generate(request, context):
+                yield chunk
+            return
+        work = self.admit(request, context)
+        try:
+            if not await self.wait_for_slot(work, context):
+                yield self.cancelled(work)
+                return
+            self.take_blocks(work)
+            going_on = list(range(n))
+            for num_tokens in range(1, self.budget(work) + 1):
+                await self.step(work, context)
+                if self.is_cancelled(work, context):
+                    yield self.cancelled(work)
+                    return
+                for index in list(going_on):
+                    token = self.next_token(work)
+                    work.output.append(token)
+                    chunk = {**self.chunk(work, token), "index": index}
+                    is_stop = token in work.stop_ids and num_tokens >= work.min_tokens
+                    if is_stop or num_tokens == self.budget(work):
+                        going_on.remove(index)
+                        chunk |= self.choice_ending(work, "stop" if is_stop else "length", is_last=not going_on)
+                    yield chunk
+                if not going_on:
+                    return
+            yield self.terminal(work, "length")
+        finally:
+            self.release(work)
+
+    def choice_ending(self, work: Work, reason: str, *, is_last: bool) -> dict[str, Any]:
+        """What the last chunk of a choice has beyond the others: nothing but in the last choice."""
+        return self.ending(work, reason) if is_last else {}

@@ -1,0 +1,170 @@
+"""
+What an engine says to Dynamo's real bridge, written down beside it.
+
+    records = Recorder(pipe)                in the worker's process
+    records.watch(engine)                   `generate` and `abort` of this engine, from now on
+    for record in read_records(pipe): ...   in the process that judges
+
+A Dynamo client does not see all of it: nothing after it has stopped or left, and not how an exception was typed.
+Nothing changes for the engine: each call is made at once on the thread on which the bridge makes it, and a stream
+goes when the bridge lets go of it, on that thread too.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import IO, Any, NamedTuple
+
+
+class Record(NamedTuple):
+    """One thing that happened between the bridge and the engine."""
+
+    request_id: str  # `context.id()`, which is the id that the client gave
+    number: int  # of the call of `generate`; two calls may have the same id. 0: a call of `abort`
+    time_s: float  # `time.monotonic()`, which is one clock for all processes
+    kind: str  # begin, chunk, end, error, gone: the bridge let go of the stream; abort: it called that
+    value: Any  # chunk: what was yielded; error: the exception; else None
+    is_stopped: bool  # the request's context, by then
+
+
+class Recorder:
+    """The worker's end of the pipe."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+        self._lock = threading.RLock()  # of a stream that goes in the middle of a write, too
+        self._num_calls = 0
+
+    def watch(self, engine: Any) -> None:
+        """Write down what `engine` says from now on."""
+        generate, abort = engine.generate, engine.abort
+
+        def recorded_generate(request: Any, *args: Any, **kwargs: Any) -> Any:
+            self._num_calls += 1
+            note = _Note(self, self._num_calls, kwargs.get("context", args[0] if args else None))
+            note("begin")
+            try:
+                stream = generate(request, *args, **kwargs)
+            except BaseException as error:
+                note("error", error)
+                raise
+            return _Stream(stream, note) if hasattr(stream, "__anext__") else stream
+
+        def recorded_abort(context: Any) -> Any:
+            _Note(self, 0, context)("abort")
+            return abort(context)
+
+        object.__setattr__(engine, "generate", recorded_generate)
+        object.__setattr__(engine, "abort", recorded_abort)
+
+    def write(self, record: Record) -> None:
+        data = _pickled(record)
+        with self._lock, suppress(OSError):  # nobody reads any more
+            while data:
+                data = data[os.write(self._pipe, data) :]
+
+
+class _Note:
+    """Writes what happens in one call."""
+
+    def __init__(self, recorder: Recorder, number: int, context: Any) -> None:
+        self._recorder = recorder
+        self._number = number
+        self._context = context
+        self._request_id = context.id()
+
+    def __call__(self, kind: str, value: Any = None) -> None:
+        is_stopped = bool(self._context.is_stopped())
+        self._recorder.write(Record(self._request_id, self._number, time.monotonic(), kind, value, is_stopped))
+
+
+class _Stream:
+    """What `generate` returned, and a note of each thing that comes out of it."""
+
+    def __init__(self, stream: Any, note: _Note) -> None:
+        self._stream = stream
+        self._note = note
+
+    def __aiter__(self) -> _Stream:
+        return self
+
+    def __anext__(self) -> Any:
+        return _noted(self._stream.__anext__(), self._note)
+
+    def __del__(self) -> None:
+        self._note("gone")  # the stream itself goes next
+
+
+async def _noted(step: Any, note: _Note) -> Any:
+    try:
+        chunk = await step
+    except StopAsyncIteration:
+        note("end")
+        raise
+    except BaseException as error:
+        note("error", error)
+        raise
+    note("chunk", chunk)
+    return chunk
+
+
+# The way to the other process.
+
+
+def read_records(pipe: IO[bytes]) -> Iterator[Record]:
+    """All records, as they come, until the worker has ended."""
+    while True:
+        try:
+            yield pickle.load(pipe)  # noqa: S301  (of our own child)
+        except (EOFError, pickle.UnpicklingError, OSError):  # it may have ended in the middle of one
+            return
+
+
+def _pickled(record: Record) -> bytes:
+    try:
+        data = pickle.dumps(record)
+        pickle.loads(data)
+    except Exception:
+        return pickle.dumps(record._replace(value=_sendable(record.value)))
+    return data
+
+
+def _sendable(value: Any) -> Any:
+    """As much of it as can be sent: its type's name, what it derives from, its parts."""
+    if _is_sendable(value):
+        return value
+    if type(value) is dict:
+        return {_sendable(key): _sendable(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_sendable(part) for part in value)
+    return _StandIn(value)
+
+
+def _is_sendable(value: Any) -> bool:
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:
+        return False
+    return True
+
+
+class _StandIn:
+    """Becomes, in the other process, an object whose type has the same name; an exception of the same kind."""
+
+    def __init__(self, value: Any) -> None:
+        kinds = type(value).__mro__ if isinstance(value, BaseException) else (object,)
+        self._parts = (type(value).__name__, next(filter(_is_sendable, kinds)), str(value))
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _stand_in, self._parts
+
+
+def _stand_in(name: str, kind: type, text: str) -> Any:
+    made = type(name, (kind,), {"__repr__": lambda _: text, "__str__": lambda _: text})
+    thing = made.__new__(made)
+    return thing
