@@ -126,10 +126,8 @@ class RealTimeDrive:
     def start(self) -> None:
         """Begin to run steps on the current event loop."""
         self._loop = asyncio.get_running_loop()
-        self._tasks = [
-            self._loop.create_task(self._run_guarded(), name="mock-engine-steps"),
-            self._loop.create_task(self._watch_clients(), name="mock-engine-watch"),
-        ]
+        for work, name in ((self._run_guarded, "mock-engine-steps"), (self._watch_clients, "mock-engine-watch")):
+            self._tasks.append(self._loop.create_task(work(), name=name))  # one by one: `stop` ends those there are
 
     async def stop(self) -> None:
         """End every task and stream. Streams that were still open see themselves cancelled. Safe twice."""

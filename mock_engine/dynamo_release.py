@@ -28,7 +28,10 @@ else:
 WorkerConfig: Any = _backend.WorkerConfig
 run_backend: Any = import_module(f"{_backend.__name__}.run").run
 
+HAS_DRAIN = hasattr(LLMEngine, "drain")  # of 1.2 only; where the base class has none, nobody calls it
+
 __all__ = [
+    "HAS_DRAIN",
     "EngineShutdown",
     "InvalidArgument",
     "LLMEngine",

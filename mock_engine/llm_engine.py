@@ -23,6 +23,7 @@ from typing import Any
 
 from mock_engine.drive_realtime import RealTimeDrive, Stream
 from mock_engine.dynamo_release import (
+    HAS_DRAIN,
     EngineShutdown,
     InvalidArgument,
     LLMEngine,
@@ -209,10 +210,12 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         """True when no request is open. From ai-dynamo 1.3 on, polled on prefill workers before `cleanup`."""
         return self._num_open() == 0
 
-    async def drain(self) -> None:
-        """Return when no request is open. ai-dynamo 1.2 calls it once, before `cleanup`."""
-        while self._num_open():  # noqa: ASYNC110  (requests end on any thread; an Event belongs to one)
-            await asyncio.sleep(_RECORD_INTERVAL_S)
+    if HAS_DRAIN:
+
+        async def drain(self) -> None:
+            """Return when no request is open. ai-dynamo 1.2 calls it once, before `cleanup`; later ones never do."""
+            while self._num_open():  # noqa: ASYNC110  (requests end on any thread; an Event belongs to one)
+                await asyncio.sleep(_RECORD_INTERVAL_S)
 
     def _num_open(self) -> int:
         """

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from conformance.bridge import BridgeStream
 from conformance.context import RequestContext
-from mock_engine.dynamo_release import EngineShutdown, InvalidArgument
+from mock_engine.dynamo_release import HAS_DRAIN, EngineShutdown, InvalidArgument
 from mock_engine.engine_settings import DEFAULT_PROFILE, DEFAULT_TOKENIZER, load_profile
 from mock_engine.llm_engine import MockLLMEngine
 from mock_engine.output_tokens import OutputTokens
@@ -739,11 +739,12 @@ def test_the_engine_is_quiescent_and_drained_once_the_last_request_has_ended():
             stream = BridgeStream(engine, LONG, RequestContext("r"))
             await stream.read()
             assert not await engine.is_quiescent()
-            drained = asyncio.create_task(engine.drain())
+            drained = asyncio.create_task(engine.drain()) if HAS_DRAIN else None
             await asyncio.sleep(0.5)
-            assert not drained.done()
+            assert drained is None or not drained.done()
             await stream.drop()
-            await drained
+            if drained is not None:
+                await drained
             assert await engine.is_quiescent()
 
     run(main())
