@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from conformance.bridge import FOREIGN_THREAD
+from conformance.context import RequestContext
 
 _OURS = ("conformance-", FOREIGN_THREAD)
 _MAX_OBJECTS = 20_000
@@ -203,6 +204,8 @@ def _is_leaf(thing: Any) -> bool:
     if isinstance(thing, type) or (callable(thing) and not hasattr(thing, "__dict__")):
         return True
     kind = type(thing)
+    if isinstance(thing, asyncio.AbstractEventLoop | RequestContext):
+        return True  # not the engine's own
     if callable(getattr(thing, "qsize", None)):
         return False
     return kind.__module__.split(".")[0] in _LEAVES or kind.__name__ in ("module", "function", "method")

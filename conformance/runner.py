@@ -47,11 +47,12 @@ class _Tries:
     transcripts: list[Any] = field(default_factory=list)
 
 
-def judge_rule(bench: Bench, rule: Rule, *, example: tuple[str, str] | None = None) -> Verdict:
+def judge_rule(bench: Bench, rule: Rule, *, example: tuple[str, str] | None = None, shrinks: bool = True) -> Verdict:
     """
     The verdict of one rule: passed, failed, skipped or unchecked.
 
     `example`: Hypothesis' release and blob of an example that failed before; only this one is tried.
+    `shrinks`: make what fails as small as can be, which takes longer than to find it.
     Raises ValueError if it was made by another release of Hypothesis.
     """
     began_s = time.perf_counter()
@@ -63,7 +64,7 @@ def judge_rule(bench: Bench, rule: Rule, *, example: tuple[str, str] | None = No
         return Verdict(rule, Outcome.SKIPPED, reason)
     tries = _Tries()
     try:
-        _try_examples(bench, rule, check, tries, example)
+        _try_examples(bench, rule, check, tries, example, shrinks)
     except NotHere as error:
         return Verdict(rule, Outcome.SKIPPED, str(error), seconds=time.perf_counter() - began_s)
     except (HypothesisException, BaseExceptionGroup, Exception) as error:
@@ -111,7 +112,9 @@ def why_not(bench: Bench, rule: Rule, check: Check) -> str:
     return ""
 
 
-def _try_examples(bench: Bench, rule: Rule, check: Check, tries: _Tries, example: tuple[str, str] | None) -> None:
+def _try_examples(
+    bench: Bench, rule: Rule, check: Check, tries: _Tries, example: tuple[str, str] | None, shrinks: bool
+) -> None:
     number = bench.settings.max_examples or default_examples(bench)
     if check.max_examples is not None:
         number = min(number, check.max_examples)
@@ -123,7 +126,7 @@ def _try_examples(bench: Bench, rule: Rule, check: Check, tries: _Tries, example
         report_multiple_bugs=False,
         verbosity=Verbosity.normal,
         stateful_step_count=20,
-        phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+        phases=[Phase.explicit, Phase.reuse, Phase.generate] + [Phase.shrink] * shrinks,
         database=hypothesis.settings().database if bench.settings.seed is None else None,
     )
     with _shrinking_ends():

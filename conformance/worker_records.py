@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,8 +38,11 @@ class Recorder:
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
-        self._lock = threading.RLock()  # of a stream that goes in the middle of a write, too
         self._num_calls = 0
+        # The bridge's threads may not let go of the GIL in here, as they would in a write: when Python ends
+        # meanwhile, it ends such a thread, and with it the whole process (SIGABRT, "exception not rethrown").
+        self._waiting: queue.SimpleQueue[Record] = queue.SimpleQueue()
+        threading.Thread(target=self._write_all, name="conformance-records", daemon=True).start()
 
     def watch(self, engine: Any) -> None:
         """Write down what `engine` says from now on."""
@@ -62,11 +66,15 @@ class Recorder:
         object.__setattr__(engine, "generate", recorded_generate)
         object.__setattr__(engine, "abort", recorded_abort)
 
-    def write(self, record: Record) -> None:
-        data = _pickled(record)
-        with self._lock, suppress(OSError):  # nobody reads any more
-            while data:
-                data = data[os.write(self._pipe, data) :]
+    def add(self, record: Record) -> None:
+        self._waiting.put(record)
+
+    def _write_all(self) -> None:
+        with suppress(OSError):  # nobody reads any more
+            while True:
+                data = pickle.dumps(self._waiting.get())
+                while data:
+                    data = data[os.write(self._pipe, data) :]
 
 
 class _Note:
@@ -80,7 +88,7 @@ class _Note:
 
     def __call__(self, kind: str, value: Any = None) -> None:
         is_stopped = bool(self._context.is_stopped())
-        self._recorder.write(Record(self._request_id, self._number, time.monotonic(), kind, value, is_stopped))
+        self._recorder.add(Record(self._request_id, self._number, time.monotonic(), kind, _packed(value), is_stopped))
 
 
 class _Stream:
@@ -120,17 +128,19 @@ def read_records(pipe: IO[bytes]) -> Iterator[Record]:
     """All records, as they come, until the worker has ended."""
     while True:
         try:
-            yield pickle.load(pipe)  # noqa: S301  (of our own child)
-        except (EOFError, pickle.UnpicklingError, OSError):  # it may have ended in the middle of one
+            record = pickle.load(pipe)
+        except (EOFError, pickle.UnpicklingError):  # it may have ended in the middle of one
             return
+        yield record._replace(value=pickle.loads(record.value))
 
 
-def _pickled(record: Record) -> bytes:
+def _packed(value: Any) -> bytes:
+    """As it is at this moment; the engine may go on to change it."""
     try:
-        data = pickle.dumps(record)
+        data = pickle.dumps(value)
         pickle.loads(data)
     except Exception:
-        return pickle.dumps(record._replace(value=_sendable(record.value)))
+        return pickle.dumps(_sendable(value))
     return data
 
 
@@ -166,5 +176,4 @@ class _StandIn:
 
 def _stand_in(name: str, kind: type, text: str) -> Any:
     made = type(name, (kind,), {"__repr__": lambda _: text, "__str__": lambda _: text})
-    thing = made.__new__(made)
-    return thing
+    return made.__new__(made)

@@ -370,7 +370,7 @@ def test_what_an_engine_touches_of_its_context_is_remembered() -> None:
     assert not hasattr(context, "_controller")
     assert getattr(context, "deadline", None) is None
     with pytest.raises(AttributeError):
-        context.mark = 1  # type: ignore[attr-defined]
+        context.mark = 1
     for name in ("_controller", "deadline", "mark = ..."):
         with pytest.raises(Violation, match=re.escape(name)):
             surface_of(context)
@@ -425,6 +425,7 @@ def test_a_logits_spec_that_cannot_be_used_is_noticed() -> None:
     logits_spec_of(spec(entries=()))
     logits_spec_of(spec(entries=(forced((1, 2), 3), forced([4], 3), python(object))))
     shared = object()
+    wrong: Any
     for wrong in (
         [],
         forced((1,), 2),

@@ -23,6 +23,7 @@ from conformance.rules.leaving import (
     growing,
     leave_code,
     long_request,
+    places,
     settled_probe,
     short_of,
     size_code,
@@ -108,13 +109,15 @@ def _by_id_code(transcript: Transcript) -> str:
 async def unknown(bench: Bench, draw: Draw) -> None:
     request = draw(requests(max_tokens=st.integers(2, 6)))
     request["stop_conditions"]["ignore_eos"] = True
+    ids = draw(st.lists(_IDS, min_size=1, max_size=4))
+    num_others, place = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    fraction = draw(st.sampled_from([0.0, 0.5]))
     alone = await bench.answer(copy.deepcopy(request))
-    ids = [*draw(st.lists(_IDS, min_size=1, max_size=4)), alone.request_id]
-    others: list[Stream] = []
-    if draw(st.booleans()):
-        others = [await bench.open(copy.deepcopy(request)) for _ in range(draw(st.integers(1, 2)))]
-        await others[0].wait_chunks(draw(st.integers(0, 2)), bench.answer_within_s())
-        await step_fraction(bench, draw(st.sampled_from([0.0, 0.5])))
+    ids.append(alone.request_id)
+    others: list[Stream] = [await bench.open(copy.deepcopy(request)) for _ in range(num_others)]
+    for stream in others[:1]:
+        await stream.wait_chunks(place, bench.answer_within_s())
+    await step_fraction(bench, fraction)
     code = _unknown_code(alone, ids)
     for request_id in ids:
         await _abort_nobody(bench, request_id, code, [stream.transcript for stream in others])
@@ -217,20 +220,19 @@ async def _expect_no_growth_of_nobody(bench: Bench, *transcripts: Transcript) ->
 
 @check("abort.twice", in_process=True)
 async def twice(bench: Bench, draw: Draw) -> None:
-    request = long_request(bench, draw)
+    request, place, fraction = long_request(bench, draw), draw(places(bench)), draw(st.sampled_from([0.0, 0.5]))
+    at_once, times, pause = draw(st.booleans()), draw(st.integers(2, 3)), draw(st.sampled_from([0.0, 1.0]))
     stream = await bench.open(request)
-    await stream.wait_chunks(draw(st.integers(0, 3)), bench.answer_within_s())
-    await step_fraction(bench, draw(st.sampled_from([0.0, 0.5])))
+    await stream.wait_chunks(place, bench.answer_within_s())
+    await step_fraction(bench, fraction)
     assume(not stream.is_over)
-    at_once = draw(st.booleans())
-    times = draw(st.integers(2, 3))
     if at_once:
         await asyncio.gather(*(stream.abort() for _ in range(times)))
     else:
         for i in range(times):
             await stream.abort()
             if i == 0:
-                await step_fraction(bench, draw(st.sampled_from([0.0, 1.0])))
+                await step_fraction(bench, pause)
     transcript = await stream.finish(bench.answer_within_s())
     assume(not is_complete(bench, transcript))
     twice_of(transcript, bench.cancel_within_s, times, at_once=at_once)
@@ -293,16 +295,17 @@ def _twice_code(transcript: Transcript, *, at_once: bool, then: str = "") -> str
 async def decode_defer(bench: Bench, draw: Draw) -> None:
     request = long_request(bench, draw)
     way = draw(st.sampled_from(["drop while it waits", "drop and abort"]))
+    fraction, stops, pause = draw(st.sampled_from([0.0, 0.5])), draw(st.booleans()), draw(st.sampled_from([0.0, 2.0]))
     if way == "drop while it waits":
         await expect_nothing_left(bench, way, request, 0)
         return
     stream = await bench.open(request)
-    await step_fraction(bench, draw(st.sampled_from([0.0, 0.5])))
-    if draw(st.booleans()):
+    await step_fraction(bench, fraction)
+    if stops:
         stream.stop()
     await stream.drop()
     await stream.finish(bench.answer_within_s())
-    await step_fraction(bench, draw(st.sampled_from([0.0, 2.0])))
+    await step_fraction(bench, pause)
     await stream.abort()  # the late one
     transcript = stream.transcript
     expect(
@@ -312,5 +315,3 @@ async def decode_defer(bench: Bench, draw: Draw) -> None:
         code=leave_code(bench, "drop and abort", transcript.request, 1, "0", 1),
     )
     await expect_nothing_left(bench, "drop and abort", request, 1)
-
-

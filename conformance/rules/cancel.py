@@ -99,9 +99,7 @@ def is_complete(bench: Bench, transcript: Transcript) -> bool:
         return True
     budget = transcript.request["stop_conditions"].get("max_tokens")
     num_choices = transcript.request["sampling_options"].get("n") or 1
-    is_whole = gives_one_chunk(bench) or (
-        isinstance(budget, int) and len(transcript.token_ids) >= budget * num_choices
-    )
+    is_whole = gives_one_chunk(bench) or (isinstance(budget, int) and len(transcript.token_ids) >= budget * num_choices)
     return is_whole and bool(transcript.terminals) and not transcript.is_cancelled
 
 
@@ -109,9 +107,12 @@ def _chunks_before(transcript: Transcript) -> int:
     return len(transcript.chunks) - len(transcript.chunks_after(*_STOPS))
 
 
-async def _choices(bench: Bench, draw: Draw, request: dict[str, Any]) -> dict[str, Any]:
-    """Several choices now and then, if the engine gives them."""
-    if bench.facts.role not in ("agg", "decode") or draw(st.integers(0, 3)):
+_MORE_CHOICES = st.sampled_from([False, False, False, True])
+
+
+async def _choices(bench: Bench, request: dict[str, Any], *, more: bool) -> dict[str, Any]:
+    """The request with several choices, if `more` is wanted and the engine gives them."""
+    if bench.facts.role not in ("agg", "decode") or not more:
         return request
     several = copy.deepcopy(request)
     several["sampling_options"]["n"] = 2
@@ -121,15 +122,15 @@ async def _choices(bench: Bench, draw: Draw, request: dict[str, Any]) -> dict[st
 
 @check("cancel.pre_first", in_process=True)
 async def pre_first(bench: Bench, draw: Draw) -> None:
-    request = await _choices(bench, draw, long_request(bench, draw))
-    transcript = await bench.talk(request, stop_after=0)
+    request, more = long_request(bench, draw), draw(_MORE_CHOICES)
+    transcript = await bench.talk(await _choices(bench, request, more=more), stop_after=0)
     cancelled_of(transcript, bench.cancel_within_s)
 
 
 @check("cancel.mid", in_process=True)
 async def mid(bench: Bench, draw: Draw) -> None:
-    request = await _choices(bench, draw, long_request(bench, draw))
-    transcript = await bench.talk(request, stop_after=draw(st.integers(1, 8)))
+    request, more, place = long_request(bench, draw), draw(_MORE_CHOICES), draw(st.integers(1, 8))
+    transcript = await bench.talk(await _choices(bench, request, more=more), stop_after=place)
     if not transcript.of_kind("stop") and gives_one_chunk(bench):
         raise NotHere(f"a {bench.facts.role} worker answers with one chunk; there is no middle")
     assume(transcript.of_kind("stop"))
@@ -140,10 +141,10 @@ async def mid(bench: Bench, draw: Draw) -> None:
 @check("cancel.race_last", in_process=True)
 async def race_last(bench: Bench, draw: Draw) -> None:
     request = draw(requests(max_tokens=st.integers(1, 6)))
-    whole = await bench.answer(copy.deepcopy(request))
-    last_place = len(whole.chunks) - 1
     fraction = draw(st.sampled_from([None, 0.1, 0.5, 0.9, 1.0]))
     aborts = draw(st.booleans())
+    whole = await bench.answer(copy.deepcopy(request))
+    last_place = len(whole.chunks) - 1
     if fraction is None:
         stream = await bench.open(request, stop_after=last_place, aborts=aborts, reads_on=True)
     else:
@@ -207,18 +208,18 @@ def _race_code(transcript: Transcript) -> str:
 @check("cancel.blocked", in_process=True, max_examples=12)
 async def blocked(bench: Bench, draw: Draw) -> None:
     request = long_request(bench, draw)
+    in_queue = draw(st.booleans())
+    place = 0 if in_queue or gives_one_chunk(bench) else draw(st.integers(0, 2))
+    fraction = draw(st.sampled_from([0.1, 0.5, 0.9]))
     fillers = []
-    place = 0
-    if draw(st.booleans()):
+    if in_queue:
         try:
             fillers = await fill(bench, bench.engine, bench.cancel_within_s + 1)
         except NotHere:
             fillers = []
-    elif not gives_one_chunk(bench):
-        place = draw(st.integers(0, 2))
     stream = await bench.open(request)
     await stream.wait_chunks(place, bench.answer_within_s())
-    await step_fraction(bench, draw(st.sampled_from([0.1, 0.5, 0.9, 3.0 if fillers else 0.5])))
+    await step_fraction(bench, 4 * fraction if fillers else fraction)
     # On decode the call of abort may wait for the first token; everywhere else it comes with the stop.
     if bench.facts.role == "decode":
         stream.stop()
@@ -284,15 +285,16 @@ def _blocked_code(bench: Bench, request: Mapping[str, Any], num_beside: int) -> 
 
 @check("cancel.abort_path", in_process=True)
 async def abort_path(bench: Bench, draw: Draw) -> None:
-    request = await _choices(bench, draw, long_request(bench, draw))
-    place = draw(places(bench))
+    request, more, place = long_request(bench, draw), draw(_MORE_CHOICES), draw(places(bench))
+    fraction = draw(st.sampled_from([None, 0.0, 0.3, 0.8]))
+    request = await _choices(bench, request, more=more)
     alone = await bench.talk(copy.deepcopy(request), stop_after=place)
-    if draw(st.booleans()):
+    if fraction is None:
         aborted = await bench.talk(copy.deepcopy(request), stop_after=place, aborts=True)
     else:
         stream = await bench.open(copy.deepcopy(request))
         await stream.wait_chunks(place, bench.answer_within_s())
-        await step_fraction(bench, draw(st.sampled_from([0.0, 0.3, 0.8])))
+        await step_fraction(bench, fraction)
         await stream.abort()
         aborted = await stream.finish(bench.answer_within_s())
     assume(alone.of_kind("stop") and aborted.of_kind(*_STOPS))
@@ -358,8 +360,8 @@ def _serves_after_code(stopped: Transcript, after: Transcript) -> str:
 
 @check("cancel.usage", in_process=True)
 async def usage(bench: Bench, draw: Draw) -> None:
-    request = await _choices(bench, draw, long_request(bench, draw))
-    transcript = await bench.talk(request, stop_after=draw(places(bench)))
+    request, more, place = long_request(bench, draw), draw(_MORE_CHOICES), draw(places(bench))
+    transcript = await bench.talk(await _choices(bench, request, more=more), stop_after=place)
     assume(transcript.is_cancelled)
     if transcript.last.get("completion_usage") is None:
         raise NotHere("the cancelled terminal chunk has no completion_usage")
@@ -429,9 +431,9 @@ def _killed_code(transcript: Transcript, num_before: int) -> str:
 @check("cancel.after_terminal", in_process=True)
 async def after_terminal(bench: Bench, draw: Draw) -> None:
     request = draw(requests(max_tokens=st.integers(1, 4)))
-    whole = await bench.answer(copy.deepcopy(request))
     when = draw(st.sampled_from(["before it is dropped", "at once", "later"]))
     how = draw(st.sampled_from(["stop", "abort", "abort twice"]))
+    whole = await bench.answer(copy.deepcopy(request))
     if when == "before it is dropped":
         stream = await bench.open(request, stop_after=len(whole.chunks), aborts=how != "stop")
         await stream.finish(bench.answer_within_s())

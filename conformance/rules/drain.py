@@ -27,11 +27,11 @@ CHEAP_S = 0.5  # the worker polls several times a second
 async def v12(bench: Bench, draw: Draw) -> None:
     if getattr(bench.engine_class, "drain", None) is getattr(backend().LLMEngine, "drain", None):
         raise NotHere("drain is not overridden")
-    engine = await bench.make_started()
     request = short_of(long_request(bench, draw), draw(st.integers(2, 8)))
-    count = draw(st.integers(0, 3))
+    count, fraction = draw(st.integers(0, 3)), draw(st.sampled_from([0.0, 0.5]))
+    engine = await bench.make_started()
     streams = [await bench.open(copy.deepcopy(request), engine=engine) for _ in range(count)]
-    await step_fraction(bench, draw(st.sampled_from([0.0, 0.5])))
+    await step_fraction(bench, fraction)
     was_open = [stream for stream in streams if not stream.is_over]
     code = _drain_code(streams[0].transcript.request if streams else request, count, gives_one_chunk(bench))
     try:
@@ -105,15 +105,16 @@ async def dead_code(bench: Bench, draw: Draw) -> None:
 
 @check("drain.is_quiescent", in_process=True)
 async def is_quiescent(bench: Bench, draw: Draw) -> None:
-    said: list[Any] = [await _ask(bench, "before any request")]
+    request, count = long_request(bench, draw), draw(st.integers(1, 3))
+    ways: list[dict[str, int]] = draw(st.lists(st.sampled_from([{}, {"stop_after": 0}, {"drop_after": 1}]), min_size=3))
+    pauses = draw(st.lists(st.sampled_from([0.0, 0.3, 1.0, 1.4]), min_size=1, max_size=3))
+    await _ask(bench, "before any request")
     streams: list[Stream] = []
-    for _ in range(draw(st.integers(1, 3))):
-        request = long_request(bench, draw)
-        leaves = draw(st.sampled_from([{}, {}, {"stop_after": 0}, {"drop_after": 1}]))
-        streams.append(await bench.open(request, **leaves))
-        for _ in range(draw(st.integers(1, 3))):
-            await step_fraction(bench, draw(st.sampled_from([0.0, 0.3, 1.0])))
-            said.append(await _ask(bench, "with requests under way"))
+    for way in ways[:count]:
+        streams.append(await bench.open(copy.deepcopy(request), **way))
+        for pause in pauses:
+            await step_fraction(bench, pause)
+            await _ask(bench, "with requests under way")
     for stream in streams:
         transcript = await stream.finish(bench.answer_within_s())
         expect(

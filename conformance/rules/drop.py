@@ -36,7 +36,8 @@ from conformance.transcript import Transcript, expect
 async def aclose(bench: Bench, draw: Draw) -> None:
     request = long_request(bench, draw)
     place = 1 if gives_one_chunk(bench) else draw(st.integers(1, 6))
-    await expect_nothing_left(bench, "aclose", request, place, tell_apart=draw(st.booleans()))
+    tell_apart = draw(st.booleans())
+    await expect_nothing_left(bench, "aclose", request, place, tell_apart=tell_apart)
     for stream_transcript in bench.transcripts:
         closed_of(stream_transcript)
 
@@ -75,11 +76,10 @@ async def foreign_thread(bench: Bench, draw: Draw) -> None:
         way, place = draw(st.sampled_from([("drop", 1), ("drop while it waits", 0)]))
     else:
         way, place = draw(st.sampled_from(["drop", "drop while it waits", "drop and abort"])), draw(st.integers(1, 5))
-    tell_apart = draw(st.booleans())
+    tell_apart, in_debug_mode = draw(st.booleans()), draw(st.booleans())
     loop = asyncio.get_running_loop()
     is_debug = loop.get_debug()
-    # In debug mode the loop raises when it is used from another thread.
-    loop.set_debug(draw(st.booleans()))
+    loop.set_debug(in_debug_mode)  # then the loop raises when it is used from another thread
     try:
         transcript = await leave(bench, way, request, place)
         expect_over(bench, transcript, way, place)
@@ -240,8 +240,8 @@ async def no_state(bench: Bench, draw: Draw) -> None:
         place = 0 if gives_one_chunk(bench) else place
     elif way.startswith(("drop", "aclose")):
         place = max(place, 1)
-    request = long_request(bench, draw)
-    await expect_nothing_left(bench, way, request, place, grows=True, tell_apart=draw(st.booleans()))
+    request, tell_apart = long_request(bench, draw), draw(st.booleans())
+    await expect_nothing_left(bench, way, request, place, grows=True, tell_apart=tell_apart)
 
 
 def _can_be_filled(bench: Bench) -> bool:

@@ -1,7 +1,7 @@
 """
 Rules on errors: what is raised for a request that cannot be served, and what is left of the engine then.
 
-`wrong_requests` draws what a client can get wrong; an engine may serve it after all. Failures of the engine's own
+`wrong_request` and `wrong_requests` draw what a client can get wrong; an engine may serve it after all. Failures of the engine's own
 are made with the probe's fault points, where it has any.
 """
 
@@ -49,29 +49,42 @@ _BAD_OPTIONS: list[tuple[str, str, Any]] = [
 ]
 
 
-def wrong_requests(bench: Bench) -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
-    """What is wrong, in a few words, and the request. Each has another mistake of the client's."""
+Wrong = tuple[str, dict[str, Any]]  # what is wrong, in a few words, and the request
+
+
+def wrong_request(bench: Bench) -> st.SearchStrategy[Wrong]:
+    """One mistake of the client's."""
+    return st.one_of([*_wrong_prompts(bench), st.builds(_with_bad_option, prompts(8), st.sampled_from(_BAD_OPTIONS))])
+
+
+def wrong_requests(bench: Bench, draw: Draw) -> list[Wrong]:
+    """Many mistakes, one a request: each that can be made with a prompt, and half of those with an option."""
+    options = draw(st.permutations(_BAD_OPTIONS))[: len(_BAD_OPTIONS) // 2]
+    prompt = draw(prompts(8))
+    return [*(draw(kind) for kind in _wrong_prompts(bench)), *(_with_bad_option(prompt, bad) for bad in options)]
+
+
+def _wrong_prompts(bench: Bench) -> list[st.SearchStrategy[Wrong]]:
     context = bench.facts.numbers.get("context_length")
     kinds = [
         st.tuples(st.just("an empty prompt"), st.builds(wire_request, st.just([]), max_tokens=st.integers(1, 6))),
         st.builds(_beyond_vocabulary, prompts(8)),
-        st.builds(_with_bad_option, prompts(8), st.sampled_from(_BAD_OPTIONS)),
         st.just(("a broken image", wire_request([1, 2], max_tokens=2, multi_modal_data=_BROKEN_IMAGE))),
     ]
     if isinstance(context, int) and context <= _LONGEST_PROMPT:
         kinds.append(st.builds(_beyond_context, st.just(context), st.integers(1, 8) | st.just(context)))
-    return st.one_of(kinds)
+    return kinds
 
 
-def _beyond_vocabulary(prompt: list[int]) -> tuple[str, dict[str, Any]]:
+def _beyond_vocabulary(prompt: list[int]) -> Wrong:
     return "a token id that no vocabulary has", wire_request([*prompt, MAX_TOKEN_ID], max_tokens=4)
 
 
-def _beyond_context(context: int, beyond: int) -> tuple[str, dict[str, Any]]:
+def _beyond_context(context: int, beyond: int) -> Wrong:
     return f"a prompt {beyond} tokens beyond the context", wire_request([7] * (context + beyond), max_tokens=4)
 
 
-def _with_bad_option(prompt: list[int], bad: tuple[str, str, Any]) -> tuple[str, dict[str, Any]]:
+def _with_bad_option(prompt: list[int], bad: tuple[str, str, Any]) -> Wrong:
     part, option, value = bad
     request = wire_request(prompt, max_tokens=4)
     request[part][option] = value
@@ -100,8 +113,8 @@ async def typed(bench: Bench, draw: Draw) -> None:
     faults = request_faults(bench)
     kind = draw(st.sampled_from(["of the client", "of nobody"] + ["of the engine"] * bool(faults)))
     if kind == "of the client":
-        what, request = draw(wrong_requests(bench))
-        typed_for_client_of(await bench.talk(request, stop_after=3), what)
+        for what, request in wrong_requests(bench, draw):
+            typed_for_client_of(await bench.talk(request, stop_after=3), what)
     elif kind == "of nobody":
         transcript = await bench.talk(draw(requests()), stop_after=draw(st.none() | st.integers(0, 3)))
         typed_for_engine_of(transcript, "a valid request")
@@ -146,20 +159,18 @@ def _blames_client(error: BaseException) -> bool:
 @check("err.no_evict", in_process=True)
 async def no_evict(bench: Bench, draw: Draw) -> None:
     faults = request_faults(bench)
-    kind = draw(st.sampled_from(["wrong", "wrong", "valid", "not handed over"] + ["fault"] * bool(faults)))
-    point = ""
+    kind = draw(st.sampled_from(["wrong", "valid", "not handed over"] + ["fault"] * bool(faults)))
     if kind == "wrong":
-        what, request = draw(wrong_requests(bench))
-        transcript = await bench.talk(request, stop_after=3)
+        for what, request in wrong_requests(bench, draw):
+            no_evict_of(await bench.talk(request, stop_after=3), what)
     elif kind == "fault":
         point = draw(st.sampled_from(faults))
-        what = f"a failure inside the engine (at {point})"
         transcript = await _ask_with_fault(bench, draw(requests()), point)
+        no_evict_of(transcript, f"a failure inside the engine (at {point})", point)
     else:
         what = "a valid request" if kind == "valid" else "a request without what the worker before this one adds"
         stop_after = draw(st.none() | st.integers(0, 3))
-        transcript = await bench.talk(draw(requests()), stop_after=stop_after, as_is=kind == "not handed over")
-    no_evict_of(transcript, what, point)
+        no_evict_of(await bench.talk(draw(requests()), stop_after=stop_after, as_is=kind == "not handed over"), what)
 
 
 def no_evict_of(transcript: Transcript, what: str, point: str = "") -> None:
@@ -208,7 +219,7 @@ async def recover(bench: Bench, draw: Draw) -> None:
     places = bench.facts.numbers.get("max_num_seqs")
     most = min(places if isinstance(places, int) else 4, 8) + 1
     faults = request_faults(bench)
-    wrong = draw(st.lists(wrong_requests(bench), min_size=1, max_size=3))
+    wrong = draw(st.lists(wrong_request(bench), min_size=1, max_size=3))
     points = [draw(st.sampled_from(["", *faults])) for _ in wrong]
     number = draw(st.sampled_from([1, most]))
     engine = await bench.make_started() if any(points) else None
@@ -275,11 +286,10 @@ await engine.cleanup()
 @check("err.no_bare_error_chunk")
 async def no_bare_error_chunk(bench: Bench, draw: Draw) -> None:
     faults = request_faults(bench)
-    kind = draw(st.sampled_from(["wrong", "wrong", "valid"] + ["fault"] * bool(faults)))
+    kind = draw(st.sampled_from(["wrong", "valid"] + ["fault"] * bool(faults)))
     if kind == "wrong":
-        what, request = draw(wrong_requests(bench))
-        request["stop_conditions"]["max_tokens"] = min(request["stop_conditions"]["max_tokens"], 4)
-        no_bare_error_chunk_of(await bench.talk(request), what)
+        for what, request in wrong_requests(bench, draw):
+            no_bare_error_chunk_of(await bench.talk(request, stop_after=6), what)
     elif kind == "valid":
         stop_after = draw(st.none() | st.integers(0, 3))
         no_bare_error_chunk_of(await bench.talk(draw(requests()), stop_after=stop_after), "a valid request")

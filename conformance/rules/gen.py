@@ -24,7 +24,7 @@ from conformance.rules.machine import concurrent_requests
 from conformance.runner_errors import NotHere
 from conformance.streams import DriverName, Stream
 from conformance.transcript import Transcript, expect, tokens_of
-from conformance.wire import as_float32, prompts, requests, sampling_options, wire_request
+from conformance.wire import as_float32, prompts, requests, sampling_options, seeds, wire_request
 
 MAX_U32 = 2**32 - 1
 MAX_U64 = 2**64 - 1
@@ -370,26 +370,35 @@ async def default_budget(bench: Bench, draw: Draw) -> None:
     )
 
 
-@check("gen.stop_tokens")
+@check("gen.stop_tokens", max_examples=15)
 async def stop_tokens(bench: Bench, draw: Draw) -> None:
     base = draw(requests(max_tokens=st.just(12)))
-    base["stop_conditions"] |= {"ignore_eos": None, "min_tokens": None}
+    base["stop_conditions"] |= {"ignore_eos": None, "min_tokens": draw(st.sampled_from([None, 0]))}
     base["sampling_options"] = {**base["sampling_options"], "temperature": 0.0}
     tokens = (await bench.answer(base)).token_ids
     again = await bench.answer(copy.deepcopy(base))
     if tokens != again.token_ids or len(tokens) < 2:
         raise NotHere("answers to the same greedy request differ, so what it will say cannot be known")
     place = draw(st.integers(0, len(tokens) - 1))
-    key = draw(st.sampled_from(["stop_token_ids", "stop_token_ids_hidden", "eos_token_ids"]))
-    kind = draw(st.sampled_from(["stops", "is too soon"] + ["is ignored"] * (key == "eos_token_ids")))
-    assume(kind != "is too soon" or place + 3 <= len(tokens))
-    request = copy.deepcopy(base)
-    request["stop_conditions"]["min_tokens"] = place + 3 if kind == "is too soon" else draw(st.sampled_from([None, 0]))
-    request["stop_conditions"]["ignore_eos"] = True if kind == "is ignored" else None
-    if key == "eos_token_ids":
-        request["eos_token_ids"] = [tokens[place]]
-    else:
-        request["stop_conditions"][key] = [tokens[place]]
+    for key in draw(st.permutations(["stop_token_ids", "stop_token_ids_hidden", "eos_token_ids"])):
+        for kind in ("stops", "is too soon", "is ignored"):
+            if kind == "is too soon" and place + 3 > len(tokens):
+                continue
+            if kind == "is ignored" and key != "eos_token_ids":
+                continue
+            await _stop_token(bench, base, tokens, place, key, kind)
+
+
+async def _stop_token(
+    bench: Bench, base: Mapping[str, Any], tokens: list[int], place: int, key: str, kind: str
+) -> None:
+    """Ask `base`, whose answer is `tokens`, with the token at `place` as the one to stop at."""
+    request = copy.deepcopy(dict(base))
+    if kind == "is too soon":
+        request["stop_conditions"]["min_tokens"] = place + 3
+    if kind == "is ignored":
+        request["stop_conditions"]["ignore_eos"] = True
+    (request if key == "eos_token_ids" else request["stop_conditions"])[key] = [tokens[place]]
     transcript = await bench.answer(request)
     num_tokens = len(transcript.token_ids)
     first = tokens.index(tokens[place]) + 1
@@ -397,7 +406,7 @@ async def stop_tokens(bench: Bench, draw: Draw) -> None:
     # tokens in its place, so that all that follows is another answer; and what ended the first may be ignored too.
     fewest, most = {
         "stops": (first - 1, first),
-        "is too soon": (place + 2, len(tokens)),
+        "is too soon": (place + 2, 12),
         "is ignored": (len(tokens), 12),
     }[kind]
     options = {name: value for name, value in request["stop_conditions"].items() if value is not None}
@@ -598,7 +607,7 @@ async def wire_form(bench: Bench, draw: Draw) -> None:
     request = wire_request(
         draw(prompts(24, any_id=True)),
         max_tokens=draw(st.integers(1, 6)),
-        sampling={"temperature": as_float32(0.1), **draw(sampling_options())},
+        sampling={"temperature": as_float32(0.1), **draw(sampling_options()), "seed": draw(seeds())},
     )
     transcript = await bench.talk(request)
     if isinstance(transcript.error, _client_errors()) and max(request["token_ids"]) > 200:  # beyond its vocabulary

@@ -16,7 +16,7 @@ from conformance.rules.sig import made_engine, started_engine
 from conformance.rules.stand_in import StandIn
 from conformance.runner_errors import NotHere
 from conformance.transcript import Transcript, expect
-from conformance.wire import requests
+from conformance.wire import prompts, wire_request
 
 _SPEC = """
 engine, _ = await Engine.from_args(ARGV)
@@ -26,10 +26,15 @@ await engine.cleanup()
 """
 
 
+def _plain_requests(budgets: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, Any]]:
+    """Greedy, and without any option that an engine might refuse."""
+    return st.builds(wire_request, prompts(), max_tokens=budgets)
+
+
 @check("hook.on_endpoint_ready", needs_engine=False, max_examples=3)
 async def on_endpoint_ready(bench: Bench, draw: Draw) -> None:
     engine = await made_engine(bench)
-    request = dict(await bench.prepared(draw(requests())))
+    request = dict(await bench.prepared(draw(_plain_requests(st.integers(1, 12)))))
     problem = ""
     endpoint = StandIn()
     try:
@@ -147,7 +152,7 @@ def _forced_tokens(spec: Any) -> list[int]:
 async def _expect_fresh_state(bench: Bench, draw: Draw, forced: Sequence[int]) -> None:
     """Where one answer begins with the forced tokens, all do."""
     budget = len(forced) + draw(st.integers(0, 3))
-    batch = draw(st.lists(requests(max_tokens=st.just(budget)), min_size=2, max_size=3))
+    batch = draw(st.lists(_plain_requests(st.just(budget)), min_size=2, max_size=3))
     transcripts = [await bench.answer(batch[0])]
     streams = [await bench.open(request) for request in batch[1:]]
     for stream in streams:
@@ -177,8 +182,12 @@ assert forced not in begins or begins == [forced] * 3, begins
 
 async def _expect_left_out(bench: Bench, draw: Draw, forced: Sequence[int]) -> None:
     """The one token of a prefill is the model's; the same forced one for every prompt is not."""
-    prompts = draw(st.lists(requests(), min_size=3, max_size=3, unique_by=lambda request: str(request["token_ids"])))
-    transcripts: list[Transcript] = [await bench.answer(request) for request in prompts]
+    batch = draw(
+        st.lists(
+            _plain_requests(st.just(4)), min_size=3, max_size=3, unique_by=lambda request: str(request["token_ids"])
+        )
+    )
+    transcripts: list[Transcript] = [await bench.answer(request) for request in batch]
     expect(
         any(transcript.token_ids != list(forced[:1]) for transcript in transcripts),
         f"every prompt is answered with the forced token {forced[0]} on a prefill worker, though generation_only is "

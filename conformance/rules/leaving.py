@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -151,7 +152,9 @@ async def leave(bench: Bench, way: str, request: Mapping[str, Any], place: int, 
         case "cancel":
             stream = await opened(request)
             if await stream.wait_chunks(place, within_s):
-                await bench.let_threads_run(lambda: stream.is_over or stream.cancel_step())
+                end_s = time.monotonic() + 1.0
+                while not (stream.is_over or stream.cancel_step()) and time.monotonic() < end_s:
+                    await asyncio.sleep(0)  # noqa: ASYNC110  (a step begins on another thread)
         case "queued":
             fillers = await fill(bench, engine, bench.cancel_within_s + 1)
             stream = await opened(request)
@@ -320,9 +323,7 @@ async def growing(
 
         def is_flat(before: dict[str, int] = before, size: int = size) -> bool:
             nonlocal found
-            found = {
-                path: growth for path, growth in grown(before, sizes_of(engine)).items() if growth >= 0.75 * size
-            }
+            found = {path: growth for path, growth in grown(before, sizes_of(engine)).items() if growth >= 0.75 * size}
             return not found
 
         await _until(bench, is_flat)

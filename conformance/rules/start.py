@@ -28,7 +28,7 @@ from conformance.rules.gen import not_json_safe
 from conformance.rules.sig import made_engine, started_engine
 from conformance.runner_errors import NotHere
 from conformance.transcript import expect
-from conformance.wire import requests
+from conformance.wire import prompts, wire_request
 
 BITS = {  # as backend.rs reads them, 1.2.1 to 1.6.1
     "context_length": 32,
@@ -297,7 +297,7 @@ async def cleaned(bench: Bench, engine: Any) -> None:
 
 @check("start.ready", needs_engine=False, max_examples=3)
 async def ready(bench: Bench, draw: Draw) -> None:
-    request = draw(requests())
+    request = wire_request(draw(prompts()), max_tokens=draw(st.integers(1, 12)))
     engine = await made_engine(bench)
     problem = ""
     try:

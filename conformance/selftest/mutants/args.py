@@ -8,7 +8,7 @@ import socket
 import threading
 from typing import Any, ClassVar
 
-from conformance.release import backend, core
+from conformance.release import backend, core, is_at_least
 from conformance.selftest.mutants import mutant
 from conformance.selftest.toy import ToyEngine
 
@@ -185,6 +185,17 @@ class DecodeRoutesToEncoder(ToyEngine):
         config = super().worker_config(options)
         config.route_to_encoder = options.disaggregation_mode == "decode"
         return config
+
+
+if is_at_least("1.6"):
+
+    @mutant("args.config_valid", "wants a response plane that there is not")
+    class UnknownPlane(ToyEngine):
+        @classmethod
+        def worker_config(cls, options: argparse.Namespace) -> Any:
+            config = super().worker_config(options)
+            config.response_plane = "udp"
+            return config
 
 
 @mutant("args.bad_flag", "ignores flags that it does not know")

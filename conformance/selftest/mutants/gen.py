@@ -748,12 +748,12 @@ class AbortsAll(ToyEngine):
                 self.abort_work(work)
 
 
-@mutant("gen.isolation", "a refused request leaves its mark on the others' tokens")
+@mutant("gen.isolation", "after a refused request all answers are other ones")
 class RefusalMarks(ToyEngine):
     mark = 0
 
     def check_lengths(self, prompt: Sequence[int]) -> None:
-        self.mark = 0 if prompt else 1
+        self.mark += not prompt
         super().check_lengths(prompt)
 
     def next_token(self, work: Work) -> int:
