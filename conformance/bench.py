@@ -182,7 +182,12 @@ class Bench:
         """Open a request and read it to its end, whatever that is. A stream that never ends is a violation."""
         stream = await self.open(request, **places)
         transcript = await stream.finish(self.answer_within_s() if within_s is None else within_s)
-        expect(not transcript.is_hung, "the stream never ended", transcript)
+        expect(
+            not transcript.is_hung,
+            "the stream never ended",
+            transcript,
+            shows="'TimeoutError' not in str(chunks[-1:])",
+        )
         return transcript
 
     async def answer(self, request: Mapping[str, Any], **places: Any) -> Transcript:
@@ -193,6 +198,7 @@ class Bench:
             raise Violation(
                 f"a valid request was answered with {type(error).__name__}: {error}",
                 [transcript],
+                shows="'raised' not in chunks[-1]",
             )
         return transcript
 

@@ -1,7 +1,7 @@
 """
 A suite run as files, for machines and for people.
 
-    write_report(run, folder)      conformance.json, junit.xml, conformance.md, conformance.html, badge.svg
+    write_report(run, folder)      conformance.json, junit.xml, conformance.md, conformance.html, badge.svg, reproduce/
     write_matrix(runs, path)       one page, a column a run
     run_from_json(json.loads(...)) the run again, out of conformance.json
 """
@@ -42,7 +42,11 @@ SCHEMA = 1
 
 
 def write_report(run: SuiteRun, folder: Path) -> list[Path]:
-    """Write the five files into `folder`, which is made if need be; returns their paths."""
+    """
+    Write the five files into `folder`, which is made if need be; returns their paths.
+
+    Below it, `reproduce/` has the script of each broken rule, and no other.
+    """
     texts = {
         "conformance.json": json.dumps(run_to_json(run), indent=2, sort_keys=True) + "\n",
         "junit.xml": _junit(run),
@@ -53,7 +57,18 @@ def write_report(run: SuiteRun, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+    _write_scripts(run, folder / "reproduce")
     return [folder / name for name in texts]
+
+
+def _write_scripts(run: SuiteRun, folder: Path) -> None:
+    for old in folder.glob("*.py"):
+        old.unlink()
+    for verdict in run.verdicts:
+        if verdict.finding is not None and verdict.finding.script:
+            folder.mkdir(exist_ok=True)
+            name = re.sub(r"[^A-Za-z0-9_.-]", "_", verdict.rule.id)[:100]
+            (folder / f"{name}.py").write_text(verdict.finding.script, encoding="utf-8", errors="backslashreplace")
 
 
 def write_matrix(runs: Sequence[SuiteRun], path: Path) -> None:

@@ -51,7 +51,9 @@ class Event:
     """One thing that happened, seconds after the conversation was opened."""
 
     time_s: float
-    kind: str  # chunk, end, error; stop, kill, abort, drop, cancel: done by the suite; hang: not over in time
+    # chunk, end, error; stop, kill, abort, drop, cancel: done by the suite; hang: not over in time;
+    # gone: Dynamo's bridge let go of the stream, stopped as it was, before it had ended (worker driver only)
+    kind: str
     value: Any = None
 
 
@@ -78,6 +80,11 @@ class Transcript:
     @property
     def is_hung(self) -> bool:
         return bool(self.of_kind("hang"))
+
+    @property
+    def was_let_go(self) -> bool:
+        """Nobody knows how it would have ended: the real bridge reads two more chunks of a stopped stream, no more."""
+        return bool(self.of_kind("gone"))
 
     @property
     def terminals(self) -> list[int]:

@@ -38,10 +38,12 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 from conformance.worker_records import Record, read_records
 
@@ -106,13 +108,15 @@ class WorkerHealth:
 
 
 class WorkerStream:
-    """One request. It reads by itself; `events` is what happened so far."""
+    """One request. It reads by itself; `events` is what the client saw and did so far, `said` what the engine said."""
 
-    def __init__(self, request: Mapping[str, Any], request_id: str, send: Callable[[str], None]) -> None:
+    def __init__(self, request: Mapping[str, Any], request_id: str, number: int, send: Callable[[str], None]) -> None:
         self.request = request
         self.request_id = request_id
+        self.number = number
         self.events: list[Event] = []
-        self._opened_s = time.monotonic()
+        self.said: list[Record] = []
+        self.opened_s = time.monotonic()
         self._send = send
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
@@ -138,8 +142,12 @@ class WorkerStream:
 
     async def drop(self, within_s: float = 5.0) -> None:
         """Let go of the stream without a word, and wait until that is done."""
-        self._send("drop")
+        self.leave()
         await self.finish(within_s)
+
+    def leave(self) -> None:
+        """The same, without waiting."""
+        self._send("drop")
 
     async def wait_chunks(self, num_chunks: int, within_s: float) -> bool:
         """Whether that many chunks came. False as soon as the stream is over, or after `within_s`."""
@@ -160,19 +168,33 @@ class WorkerStream:
     async def _wait(self, is_true: Callable[[], bool], within_s: float) -> None:
         async with asyncio.timeout(within_s):
             while not is_true():
-                self._news.clear()
-                await self._news.wait()
+                await self.wait_news()
+
+    async def wait_news(self) -> None:
+        """Until something is added to `events` or `said`. For one waiter at a time."""
+        self._news.clear()
+        await self._news.wait()
 
     def record_soon(self, now_s: float, kind: Kind, value: Any) -> None:
         """Record what happened at `now_s`, a `time.monotonic()`. Called on any thread."""
-        event = Event(now_s - self._opened_s, kind, value)
+        self._soon(self._record, Event(now_s - self.opened_s, kind, value))
+
+    def hear_soon(self, record: Record) -> None:
+        """Add to what the engine said. Called on any thread."""
+        self._soon(self._hear, record)
+
+    def _soon(self, call: Callable[[Any], None], value: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed; nobody waits any more
-            self._loop.call_soon_threadsafe(self._record, event)
+            self._loop.call_soon_threadsafe(call, value)
 
     def _record(self, event: Event) -> None:
         if not self.is_over:
             self.events.append(event)
             self._news.set()
+
+    def _hear(self, record: Record) -> None:
+        self.said.append(record)
+        self._news.set()
 
 
 class WorkerDriver:
@@ -185,13 +207,11 @@ class WorkerDriver:
         *,
         log_path: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        on_record: Callable[[Record], None] = lambda _: None,
     ) -> None:
         self.engine = engine
         self.argv = list(argv)
         self._environment = dict(environment or {})
         self._given_log_path = log_path
-        self.on_record = on_record
         self._folder: Path | None = None
         self._endpoint = ""
         self._worker: _Worker | None = None
@@ -254,7 +274,11 @@ class WorkerDriver:
         """
         if self._client is None:
             raise WorkerError("this worker is not started")
-        return self._client.open(request, request_id or uuid.uuid4().hex, stop_after, drop_after, is_routed)
+        assert self._worker is not None
+        stream = self._client.prepare(request, request_id or uuid.uuid4().hex)
+        self._worker.expect(stream)
+        self._client.open(stream, stop_after, drop_after, is_routed)
+        return stream
 
     async def observe_worker(self, request: Mapping[str, Any], within_s: float = 10.0) -> WorkerHealth:
         """
@@ -271,11 +295,16 @@ class WorkerDriver:
             except TimeoutError as late:
                 error = StreamError(str(late), None, "TimeoutError")
                 stream.stop()
-        if error is not None and self._worker is not None:
-            await self._worker.wait(_DYING_S)  # its sockets are gone a little before it is
+        if error is not None:
+            await self.wait_ended()
         if not self.is_alive:
             error = error or StreamError(f"the worker ended with exit code {self.exit_code}", None, None)
         return WorkerHealth(self.is_alive, self.exit_code, error is None, error)
+
+    async def wait_ended(self, within_s: float = _DYING_S) -> None:
+        """Until the worker's process has ended, which is a little later than its sockets are gone."""
+        if self._worker is not None:
+            await self._worker.wait(within_s)
 
     async def renew_client(self, within_s: float = START_LIMIT_S) -> None:
         """Another client, whose router has no grudge against the worker. Open streams end with an error."""
@@ -326,7 +355,6 @@ class WorkerDriver:
             self.argv,
             self._child_environment({"DYN_NAMESPACE": namespace}),
             self._given_log_path or self._folder / "worker.log",
-            self.on_record,
         )
         await self._until(announced.exists, "the engine's from_args has not returned", deadline_s, within_s)
         self._endpoint = announced.read_text(encoding="utf-8")
@@ -425,15 +453,10 @@ class _Child:
 
 
 class _Worker(_Child):
-    """The process with the engine. `on_record` hears, on a thread of its own, what the engine says."""
+    """The process with the engine, and a thread here that tells each stream what the engine says to it."""
 
     def __init__(
-        self,
-        arguments: Sequence[str],
-        argv: Sequence[str],
-        environment: Mapping[str, str],
-        log_path: Path,
-        on_record: Callable[[Record], None],
+        self, arguments: Sequence[str], argv: Sequence[str], environment: Mapping[str, str], log_path: Path
     ) -> None:
         ours, its = os.pipe()
         self._records = os.fdopen(ours, "rb")
@@ -442,9 +465,15 @@ class _Worker(_Child):
             super().__init__("worker", words, environment, log_path, [its])
         finally:
             os.close(its)
-        self._on_record = on_record
+        self._expected: dict[str, deque[WorkerStream]] = {}  # by request id: not yet come to the engine
+        self._calls: dict[int, WorkerStream] = {}  # by the number of the call of `generate`
+        self._latest: WeakValueDictionary[str, WorkerStream] = WeakValueDictionary()  # by request id
         self._listener = threading.Thread(target=self._listen, name="conformance-records", daemon=True)
         self._listener.start()
+
+    def expect(self, stream: WorkerStream) -> None:
+        """It is about to be sent."""
+        self._expected.setdefault(stream.request_id, deque()).append(stream)
 
     def kill(self) -> None:
         super().kill()
@@ -453,7 +482,21 @@ class _Worker(_Child):
     def _listen(self) -> None:
         with self._records:
             for record in read_records(self._records):
-                self._on_record(record)
+                self._take(record)
+        for number, stream in list(self._calls.items()):
+            stream.hear_soon(Record(stream.request_id, number, time.monotonic(), "lost", None, True))
+
+    def _take(self, record: Record) -> None:
+        if record.kind == "begin" and (expected := self._expected.get(record.request_id)):
+            self._calls[record.number] = expected.popleft()
+            if not expected:
+                del self._expected[record.request_id]
+            self._latest[record.request_id] = self._calls[record.number]
+        stream = self._latest.get(record.request_id) if record.kind == "abort" else self._calls.get(record.number)
+        if stream is not None:
+            stream.hear_soon(record)
+        if record.kind == "gone":
+            self._calls.pop(record.number, None)
 
 
 class _Client(_Child):
@@ -469,22 +512,18 @@ class _Client(_Child):
         self._listener = threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True)
         self._listener.start()
 
-    def open(
-        self,
-        request: Mapping[str, Any],
-        request_id: str,
-        stop_after: int | None,
-        drop_after: int | None,
-        is_routed: bool,
-    ) -> WorkerStream:
+    def prepare(self, request: Mapping[str, Any], request_id: str) -> WorkerStream:
+        """A stream that is not sent yet."""
         number = next(self._numbers)
-        stream = WorkerStream(request, request_id, lambda what: self.send({"do": what, "stream": number}))
+        stream = WorkerStream(request, request_id, number, lambda what: self.send({"do": what, "stream": number}))
         self._streams[number] = stream
-        command = {"do": "open", "stream": number, "request": request, "request_id": request_id}
+        return stream
+
+    def open(self, stream: WorkerStream, stop_after: int | None, drop_after: int | None, is_routed: bool) -> None:
+        command = {"do": "open", "stream": stream.number, "request": stream.request, "request_id": stream.request_id}
         self.send({**command, "stop_after": stop_after, "drop_after": drop_after, "is_routed": is_routed})
         if self._is_gone:
             self._give_up()
-        return stream
 
     def send(self, command: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None

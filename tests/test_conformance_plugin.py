@@ -141,14 +141,14 @@ def test_should_rules_fail_the_run_only_if_asked(run, talkative):
 
 def test_the_printed_script_shows_the_fault_and_is_silent_when_it_is_mended(pytester, run, talkative):
     run(talkative, "--rule=gen.max_tokens", "--max-examples=5", "--engine-report=out")
-    report = json.loads((pytester.path / "out/conformance.json").read_text())
-    (verdict,) = report["verdicts"]
-    script = verdict["finding"]["script"]
+    script = (pytester.path / "out/reproduce/gen.max_tokens.py").read_text()
     assert len(script.splitlines()) <= 25
     path = pytester.makepyfile(reproducer=script)
     assert pytester.runpython(path).ret == 1
     pytester.makepyfile(talkative=TALKATIVE.replace("return 20", "return min(asked or 20, 20)"))
     assert pytester.runpython(path).ret == 0
+    run(talkative, "--rule=gen.max_tokens", "--max-examples=5", "--engine-report=out")
+    assert not list((pytester.path / "out").rglob("*.py"))
 
 
 def test_a_printed_example_can_be_tried_again(pytester, run, talkative):
@@ -165,7 +165,7 @@ def test_a_printed_example_can_be_tried_again(pytester, run, talkative):
 def test_the_report_has_every_form(pytester, run, talkative):
     run(talkative, "--rule=gen.max_tokens,gen.index", "--max-examples=3", "--engine-report=out")
     names = {path.name for path in (pytester.path / "out").iterdir()}
-    assert names == {"conformance.json", "junit.xml", "conformance.md", "conformance.html", "badge.svg"}
+    assert names == {"conformance.json", "junit.xml", "conformance.md", "conformance.html", "badge.svg", "reproduce"}
     suite = ElementTree.parse(pytester.path / "out/junit.xml").getroot()
     assert {case.get("name") for case in suite.iter("testcase")} == {"gen.max_tokens", "gen.index"}
 

@@ -76,7 +76,7 @@ def by_id_of(with_same: Transcript, with_fresh: Transcript, within_s: float, num
         with_fresh.is_cancelled and not is_late,
         "abort with the context that generate got ends a request as cancelled; abort with another context object of "
         f"the same id does not{choices}: it ended with finish_reason {with_fresh.finish_reason!r}, "
-        f"{with_fresh.seconds_from('abort'):.2f} s later. Dynamo makes a new object for each abort: look for context.id()",
+        f"{with_fresh.seconds_from('abort'):.2f} s later. Dynamo makes a new object for each abort: go by context.id()",
         with_fresh,
         with_same,
         code=_by_id_code(with_fresh),

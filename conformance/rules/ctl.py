@@ -156,17 +156,14 @@ async def pause_resume(bench: Bench, draw: Draw) -> None:
     if not pairs:
         raise NotHere(f"of {sorted(names)} no two are known to undo each other")
     done: list[str] = []
-    is_off = dict.fromkeys(pairs, False)
-    for _ in range(draw(st.integers(1, 6))):
-        pair = draw(st.sampled_from(pairs))
-        goes_off = draw(st.booleans())
-        await _switch(engine, bench, pair[0] if goes_off else pair[1], done)
-        is_off[pair] = goes_off
-        if not any(is_off.values()) and draw(st.booleans()):
-            await _serves(engine, bench, draw, done)
-    for pair in pairs:
-        if is_off[pair]:
-            await _switch(engine, bench, pair[1], done)
+    for _ in range(draw(st.integers(0, 4))):
+        await _switch(engine, bench, draw(st.sampled_from(draw(st.sampled_from(pairs)))), done)
+    # Now off, once or several times in a row, and on again.
+    for off, on in draw(st.permutations(pairs)):
+        for _ in range(draw(st.integers(0, 3))):
+            await _switch(engine, bench, off, done)
+        for _ in range(draw(st.sampled_from([1, 1, 2]))):
+            await _switch(engine, bench, on, done)
     await _serves(engine, bench, draw, done)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from conformance.bench import Bench, Draw
-from conformance.reproducer import as_code
 from conformance.release import backend, dynamo_version
+from conformance.reproducer import as_code
 from conformance.resources import probe_of
 from conformance.rules import check
 from conformance.rules.leaving import gives_one_chunk, long_request, short_of, step_fraction
@@ -39,7 +39,7 @@ async def v12(bench: Bench, draw: Draw) -> None:
             await engine.drain()
     except TimeoutError:
         raise Violation(
-            f"drain() with {len(was_open)} short requests in flight has not returned after {bench.answer_within_s():g} s",
+            f"drain() with {len(was_open)} short requests in flight has not ended after {bench.answer_within_s():g} s",
             [stream.transcript for stream in streams],
             code=code,
         ) from None
@@ -111,7 +111,7 @@ async def is_quiescent(bench: Bench, draw: Draw) -> None:
     await _ask(bench, "before any request")
     streams: list[Stream] = []
     for way in ways[:count]:
-        streams.append(await bench.open(copy.deepcopy(request), **way))
+        streams.append(await bench.open(copy.deepcopy(request), **way))  # type: ignore[arg-type]
         for pause in pauses:
             await step_fraction(bench, pause)
             await _ask(bench, "with requests under way")
@@ -164,8 +164,8 @@ async def _ask(bench: Bench, when: str) -> Any:
     took_s = loop.time() - began_s
     expect(
         answer is None or isinstance(answer, bool),
-        f"is_quiescent {when} gave {answer!r} ({type(answer).__name__}); Dynamo takes True, False and None, and nothing "
-        "that only counts as true",
+        f"is_quiescent {when} gave {answer!r} ({type(answer).__name__}); Dynamo takes True, False and None, "
+        "and nothing that only counts as true",
         *bench.transcripts,
         code=_simple_code("assert await engine.is_quiescent() in (True, False, None)")
         if not isinstance(answer, int)
@@ -180,8 +180,8 @@ async def _ask(bench: Bench, when: str) -> Any:
     if answer is True and before:
         expect(
             not _transfers(probe),
-            f"is_quiescent gave True while the engine's probe counts {_transfers(probe)} KV transfers; cleanup comes next "
-            "and frees the memory under them",
+            f"is_quiescent gave True while the engine's probe counts {_transfers(probe)} KV transfers; cleanup comes "
+            "next and frees the memory under them",
             *bench.transcripts,
             code=_quiescent_code_for_probe(bench),
         )

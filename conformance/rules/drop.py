@@ -25,7 +25,6 @@ from conformance.rules.leaving import (
     expect_over,
     gives_one_chunk,
     leave,
-    leave_code,
     long_request,
     places,
 )
@@ -171,7 +170,7 @@ def _nested_code(transcript: Transcript, place: int) -> str:
             "from dynamo._core import Context",
             "def num_open():",
             "    gc.collect()",
-            "    return sum(isinstance(o, types.AsyncGeneratorType) and o.ag_frame is not None for o in gc.get_objects())",
+            "    return sum(isinstance(o, types.AsyncGeneratorType) and bool(o.ag_frame) for o in gc.get_objects())",
             "off_loop, foreign = asyncio.get_running_loop().run_in_executor, ThreadPoolExecutor(1)",
             "engine, _ = await Engine.from_args(ARGV)",
             "await engine.start(1)",

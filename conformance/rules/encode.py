@@ -28,6 +28,7 @@ def terminal_of(transcript: Transcript) -> None:
     result = last.get("encoder_result")
     shows = (
         "type(chunks[-1].get('encoder_result')) is dict and not chunks[-1].get('token_ids') "
+        "and __import__('json').dumps(chunks) "
         "or chunks[-1].get('finish_reason') in ('cancelled', 'abort')"
     )
     expect(

@@ -263,7 +263,9 @@ def balance_of(events: Sequence[KvEvent], total_blocks: Any, transcripts: Sequen
             tree.most_live <= total_blocks,
             f"{tree.most_live} blocks were stored at one time, and total_kv_blocks is {total_blocks}",
             *transcripts,
-            code=_script(transcripts, f"{_REPLAY}\n    assert len(live) <= {total_blocks}, len(live)", at_once=True),
+            code=_script(
+                transcripts, f"{_REPLAY}\n    assert len(live) <= config.llm.total_kv_blocks, len(live)", at_once=True
+            ),
         )
 
 
@@ -418,8 +420,8 @@ class Publisher:
     {_PUBLISH_STORED}
     def publish_removed(self, block_hashes): log.append(("removed", block_hashes, [], [], None))
     def publish_batch(self, batch): [getattr(self, "publish_" + event.pop("type"))(**event) for event in batch]
-engine = (await Engine.from_args(ARGV))[0]
-await engine.start(1); [source.on_ready(Publisher()) for source in await engine.kv_event_sources()]
+engine = (await Engine.from_args(ARGV))[0]; config = await engine.start(1)
+for source in await engine.kv_event_sources(): source.on_ready(Publisher())
 async def talk(request, end, stop_s, context):
     if stop_s: asyncio.get_running_loop().call_later(stop_s, context.stop_generating)
     async for chunk in engine.generate(request, context=context):

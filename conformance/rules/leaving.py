@@ -56,7 +56,7 @@ def room(bench: Bench, prompt: int) -> int:
 
 
 def long_request(bench: Bench, draw: Draw, *, num_choices: int | None = None) -> dict[str, Any]:
-    """A request whose answer takes longer than the deadline for a cancelled one, where the context has room for that."""
+    """A request whose answer takes longer than a cancelled one may go on, where the context has room for that."""
     prompt = draw(prompts(12))
     return long_of(bench, prompt, num_choices=num_choices)
 
@@ -153,8 +153,8 @@ async def leave(bench: Bench, way: str, request: Mapping[str, Any], place: int, 
             stream = await opened(request)
             if await stream.wait_chunks(place, within_s):
                 end_s = time.monotonic() + 1.0
-                while not (stream.is_over or stream.cancel_step()) and time.monotonic() < end_s:
-                    await asyncio.sleep(0)  # noqa: ASYNC110  (a step begins on another thread)
+                while not (stream.is_over or stream.cancel_step()) and time.monotonic() < end_s:  # noqa: ASYNC110
+                    await asyncio.sleep(0)  # a step begins on another thread
         case "queued":
             fillers = await fill(bench, engine, bench.cancel_within_s + 1)
             stream = await opened(request)

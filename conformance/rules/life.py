@@ -278,8 +278,8 @@ async def cleanup_quick(bench: Bench, draw: Draw) -> None:
     )
     expect(
         block_s <= LONGEST_BLOCK_S,
-        f"while cleanup ran, nothing else on the event loop ran for {block_s:.1f} s; use asyncio.to_thread for what takes "
-        f"longer than {LONGEST_BLOCK_S:g} s",
+        f"while cleanup ran, nothing else on the event loop ran for {block_s:.1f} s; use asyncio.to_thread for what "
+        f"takes longer than {LONGEST_BLOCK_S:g} s",
         code=code,
     )
 
@@ -700,8 +700,8 @@ async def soak(bench: Bench, draw: Draw) -> None:
     for path, (size, count) in suspects.items():
         expect(
             False,
-            f"over {count} requests with the same prompt, engine{path} has grown by {size}; a worker runs for weeks, and "
-            "runs out of memory",
+            f"over {count} requests with the same prompt, engine{path} has grown by {size}; a worker runs for weeks, "
+            "and runs out of memory",
             *[await bench.talk(request, as_is=True)],
             code=leave_code(bench, "whole", request, 1, size_code(path), 100),
         )

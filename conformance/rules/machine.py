@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, multiple, rule
 
 from conformance.bench import Bench
 from conformance.resources import probe_of
@@ -30,15 +30,23 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
         tries: Any = None
         streams = Bundle("streams")
 
-        @initialize(target=streams, batch=st.lists(requests(), min_size=2, max_size=most))
-        def start(self, batch: Any) -> Any:
-            """Some at once to begin with: what comes then may be little, as Hypothesis sees fit."""
+        @initialize(
+            target=streams,
+            batch=st.lists(requests(), min_size=2, max_size=most),
+            steps=st.sampled_from([1.3, 0.3, 0.0, 3.5]),
+            how=st.sampled_from(["abort", "stop", "drop", "stay"]),
+        )
+        def start(self, batch: Any, steps: float, how: str) -> Any:
+            """Some at once to begin with, and one leaves: what comes then may be little, as Hypothesis sees fit."""
             self.tries.num += 1
             self.all: list[Stream] = []
             self.is_broken = True
             bench.begin_example()
             bench.run(bench.ensure_engine())
-            return multiple(*(self._open(request) for request in batch))
+            opened = [self._open(request) for request in batch]
+            self.let_time_pass(steps)
+            self.let_leave(opened[0], how)
+            return multiple(*opened)
 
         def _open(self, request: Any) -> Stream:
             stream: Stream = self._do(bench.open(request))
@@ -59,6 +67,9 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
             return self._open(request)
 
         @rule(steps=st.sampled_from([0.0, 0.3, 1.0, 3.5]))
+        def some_time(self, steps: float) -> None:
+            self.let_time_pass(steps)
+
         def let_time_pass(self, steps: float) -> None:
             self._do(bench.let_pass(steps * max(bench.facts.gap_s, 0.001)))
 
@@ -66,26 +77,21 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
         def read(self, stream: Stream, num_chunks: int) -> None:
             self._do(stream.wait_chunks(len(stream.transcript.chunks) + num_chunks, bench.answer_within_s()))
 
-        @rule(stream=streams)
-        def stop(self, stream: Stream) -> None:
-            stream.stop()
+        @rule(stream=streams, how=st.sampled_from(["stop", "abort", "drop", "abort and drop"]))
+        def leave(self, stream: Stream, how: str) -> None:
+            self.let_leave(stream, how)
 
-        @rule(stream=streams)
-        def abort(self, stream: Stream) -> None:
-            self._do(stream.abort())
+        def let_leave(self, stream: Stream, how: str) -> None:
+            if how == "stop":
+                stream.stop()
+            if "drop" in how:
+                self._do(stream.drop())
+            if "abort" in how:
+                self._do(stream.abort())
 
         @rule()
         def abort_nobody(self) -> None:
             self._do(bench.engine.abort(bench.context("nobody")))
-
-        @rule(stream=consumes(streams))
-        def drop(self, stream: Stream) -> None:
-            self._do(stream.drop())
-
-        @rule(stream=consumes(streams))
-        def abort_and_drop(self, stream: Stream) -> None:
-            self._do(stream.drop())
-            self._do(stream.abort())
 
         def teardown(self) -> None:
             if not hasattr(self, "all"):

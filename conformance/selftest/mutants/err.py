@@ -67,7 +67,7 @@ class NotImplementedForChoices(ToyEngine):
 class BugBlamesClient(ToyEngine):
     def admit(self, request: Mapping[str, Any], context: Any) -> Work:
         top_k = (request.get("sampling_options") or {}).get("top_k", 0)
-        if top_k is not None and top_k > 50:
+        if top_k is not None and top_k > 20:
             top_k += None
         return super().admit(request, context)
 
