@@ -7,6 +7,9 @@ The engine on the bench: what a check gets to work with.
 
 A started engine is kept from example to example, and replaced after a broken
 one. All streams and engines of an example end with it.
+
+With the worker driver the started engine is in Dynamo's worker, in a process of
+its own: `bench.engine` and `bench.engine_config` are None, and time is real.
 """
 
 from __future__ import annotations
@@ -30,11 +33,14 @@ from conformance.settings import SuiteSettings
 from conformance.streams import DriverName, Stream
 from conformance.transcript import Transcript, Violation, expect
 from conformance.virtual_loop import VirtualLoop
+from conformance.worker_conversation import WorkerConversation
+from conformance.worker_driver import START_LIMIT_S, WorkerDriver, WorkerError
 
 T = TypeVar("T")
 Draw = Callable[..., Any]
 
 CANCEL_WITHIN_S = 2.0  # Dynamo's own test kit (lib/backend-common, check_cancellation)
+_QUICK_START_S = 0.25  # an engine in this process that starts faster is a new one for every rule
 WORKER_ID = 7587892345678901234  # a u64, as the runtime hands out
 
 
@@ -62,6 +68,8 @@ class Bench:
         self._made: list[Any] = []
         self._peer: Any = None  # for the decode role: an engine of the same class in the prefill role
         self._num_requests = 0
+        self._worker: WorkerDriver | None = None
+        self._worker_problem = ""  # why the worker did not start; it is not tried again
 
     # The loop.
 
@@ -91,6 +99,9 @@ class Bench:
 
     async def ensure_engine(self) -> None:
         """A started engine on the bench. Raises EngineBroken if it does not start."""
+        if self.is_in_worker:
+            await self._ensure_worker()
+            return
         if self.engine is not None:
             return
         try:
@@ -101,6 +112,27 @@ class Bench:
                 raise
             raise EngineBroken(f"the engine does not start: {type(error).__name__}: {error}") from None
         self.engine = engine
+
+    @property
+    def is_in_worker(self) -> bool:
+        """Whether the engine is in another process."""
+        return self.settings.driver == "worker"
+
+    async def _ensure_worker(self) -> None:
+        if self._worker is not None and not self._worker.is_alive:
+            await self._worker.close()
+            self._worker = None
+        if self._worker is not None:
+            return
+        if self._worker_problem:
+            raise EngineBroken(self._worker_problem)
+        worker = WorkerDriver(self.settings.engine, self.facts.argv)
+        try:
+            await worker.start(START_LIMIT_S + 3 * self.facts.start_s)
+        except WorkerError as error:
+            self._worker_problem = f"Dynamo's worker does not start: {error}"
+            raise EngineBroken(self._worker_problem) from None
+        self._worker = worker
 
     async def _ensure_peer(self) -> Any:
         if self._peer is None and self.facts.prefill_argv is not None:
@@ -165,18 +197,32 @@ class Bench:
         """
         if not as_is:
             request = await self.prepared(request)
-        context = self.context(request_id)
-        stream = Stream(
-            driver or self.settings.driver,
-            self.engine if engine is None else engine,
-            request,
-            context.id(),
-            context=context,
-            **places,
-        )
+        stream: Stream
+        if self.is_in_worker and engine is None and driver in (None, "worker"):
+            stream = self._open_in_worker(request, request_id, **places)
+        else:
+            stream = self._open_here(request, engine, request_id, driver, **places)
         self._streams.append(stream)
         self.transcripts.append(stream.transcript)
         return stream
+
+    def _open_in_worker(self, request: Mapping[str, Any], request_id: str | None, **places: Any) -> WorkerConversation:
+        assert self._worker is not None, "needs_engine is False, and a request goes to the engine on the bench"
+        return WorkerConversation(self._worker, request, request_id or self.next_id(), **places)
+
+    def _open_here(
+        self,
+        request: Mapping[str, Any],
+        engine: Any,
+        request_id: str | None,
+        driver: DriverName | None,
+        **places: Any,
+    ) -> Stream:
+        if driver is None:
+            driver = "bridge" if self.is_in_worker else self.settings.driver
+        context = self.context(request_id)
+        engine = self.engine if engine is None else engine
+        return Stream(driver, engine, request, context.id(), context=context, **places)
 
     async def talk(self, request: Mapping[str, Any], *, within_s: float | None = None, **places: Any) -> Transcript:
         """Open a request and read it to its end, whatever that is. A stream that never ends is a violation."""
@@ -193,7 +239,7 @@ class Bench:
     async def answer(self, request: Mapping[str, Any], **places: Any) -> Transcript:
         """A whole answer to a request that every engine must serve; an error is a violation."""
         transcript = await self.talk(request, **places)
-        error = transcript.error
+        error = transcript.error or transcript.refusal
         if error is not None:
             raise Violation(
                 f"a valid request was answered with {type(error).__name__}: {error}",
@@ -278,15 +324,23 @@ class Bench:
         except Exception:  # that is for the rules of `life` to say
             return
 
+    def renew(self) -> None:
+        """Between two rules: a new engine, where that costs next to nothing. A worker is kept."""
+        if not self.is_in_worker and self.facts.start_s < _QUICK_START_S:
+            self.close()
+
     def close(self) -> None:
-        """Clean up the kept engines and close the loop."""
+        """Clean up the kept engines, end the worker, and close the loop."""
         if self._runner is None:
             return
+        worker, self._worker = self._worker, None
         kept = [engine for engine in (self.engine, self._peer) if engine is not None]
         self.engine = self.engine_config = self._peer = None
         try:
             for engine in kept:
                 self.run(self._clean(engine))
+            if worker is not None:
+                self.run(worker.close())
         finally:
             self._runner.close()
             self._runner = None
@@ -304,7 +358,7 @@ class Bench:
     @property
     def numbers(self) -> dict[str, Any]:
         """context_length, kv_cache_block_size ... as the started engine advertises them; None where it does not."""
-        return config_numbers(self.engine_config)
+        return dict(self.facts.numbers) if self.is_in_worker else config_numbers(self.engine_config)
 
     def has_release(self, name: str) -> bool:
         return release.is_at_least(name)

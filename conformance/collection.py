@@ -34,7 +34,6 @@ from conformance.verdict import Outcome, Subject, SuiteRun, Verdict
 CATALOGUE = Path(__file__).with_name("catalogue.csv")
 MARKERS = ("conformance", *(level.lower() for level in LEVELS), *AREAS)
 _PROPERTY = "conformance_verdict"
-_QUICK_START_S = 0.25  # an engine that starts faster is a new one for every rule
 _FIRST_SUITE = "0.1"
 
 
@@ -133,8 +132,7 @@ class Suite:
         try:
             verdict = judge_rule(self._bench, rule, example=example)
         finally:
-            if self.facts.start_s < _QUICK_START_S:
-                self._bench.close()
+            self._bench.renew()
         return self._weighed(verdict, deviation)
 
     def _weighed(self, verdict: Verdict, deviation: Deviation | None) -> Verdict:

@@ -26,7 +26,6 @@ from conformance.bridge import on_foreign_thread
 from conformance.facts import config_numbers
 from conformance.release import core
 from conformance.resources import held_now
-from conformance.transcript import expect
 from conformance.wire import wire_request
 
 SNAPSHOT_FIELDS = ("kv_used_blocks", "kv_total_blocks", "gpu_cache_usage", "dp_rank", "kv_cache_hit_rate")
@@ -112,7 +111,7 @@ def _event(kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KvEve
 
 
 def _copy(value: Any) -> Any:
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +222,7 @@ class Served:
     snapshots: RecordingSnapshotPublisher
     bench: Bench
     threads_before: frozenset[threading.Thread]
+    kv_problem: str = ""  # how an on_ready failed
 
     @property
     def has_threads(self) -> bool:
@@ -271,10 +271,10 @@ class Served:
 
 async def serve(bench: Bench, *, with_kv: bool = True, with_snapshots: bool = True) -> Served:
     """
-    An engine, started, and given its publishers in the worker's order.
+    An engine, started, and given its publishers as the worker does it: KV publishers first, then that of snapshots.
 
-    Without KV routing (`WorkerConfig.enable_kv_routing`) a worker hands out neither kind. Calls that are not
-    asynchronous are made on a thread without an event loop, as there.
+    Calls that are not asynchronous are made on a thread without an event loop. Observed on the real worker of
+    ai-dynamo 1.3.1, 1.4.2 and 1.6.1. Without KV routing (`WorkerConfig.enable_kv_routing`) it hands out neither kind.
     """
     threads_before = held_now().threads
     engine = await bench.make()
@@ -282,13 +282,12 @@ async def serve(bench: Bench, *, with_kv: bool = True, with_snapshots: bool = Tr
     served = Served(engine, numbers, [], [], [], RecordingSnapshotPublisher(), bench, threads_before)
     with suppress(Exception):  # that is for metrics.prometheus to say
         await engine.register_prometheus(RecordingMetrics({"model": "suite"}, []))
-    if with_snapshots:
-        with suppress(Exception):  # metrics.ranks
-            served.ranks = list(await on_foreign_thread(engine.component_metrics_dp_ranks))
-        if served.ranks:
-            await on_foreign_thread(lambda: engine.attach_snapshot_publisher(served.snapshots))
+    with suppress(Exception):  # metrics.ranks
+        served.ranks = list(await on_foreign_thread(engine.component_metrics_dp_ranks))
     if with_kv:
         await _hand_out_kv_publishers(served)
+    if with_snapshots and served.ranks:
+        await on_foreign_thread(lambda: engine.attach_snapshot_publisher(served.snapshots))
     return served
 
 
@@ -297,16 +296,21 @@ async def _hand_out_kv_publishers(served: Served) -> None:
     if isinstance(sources, Awaitable):
         sources = await sources
     for source in sources or ():
-        on_ready = getattr(source, "on_ready", None)
-        if on_ready is None:
+        if getattr(source, "on_ready", None) is None:
             served.other_sources.append(source)
             continue
         publisher = RecordingKvPublisher(getattr(source, "dp_rank", 0))
         served.kv.append(publisher)
-        try:
-            result = await on_foreign_thread(lambda ready=on_ready, it=publisher: ready(it))  # type: ignore[misc]
-        except Exception as error:
-            expect(False, f"on_ready raised {type(error).__name__}: {error}; that is fatal when the worker starts")
-            raise
-        if asyncio.iscoroutine(result):
-            result.close()  # nobody awaits it there either
+        problem = await hand_over(source, publisher)
+        served.kv_problem = served.kv_problem or problem
+
+
+async def hand_over(source: Any, publisher: RecordingKvPublisher) -> str:
+    """Call `on_ready` as the worker does; how that failed, or ""."""
+    try:
+        result = await on_foreign_thread(lambda: source.on_ready(publisher))
+    except Exception as error:
+        return f"on_ready raised {type(error).__name__}: {error}"
+    if asyncio.iscoroutine(result):
+        result.close()  # nobody awaits it there either
+    return ""

@@ -126,7 +126,8 @@ def _try_examples(
         report_multiple_bugs=False,
         verbosity=Verbosity.normal,
         stateful_step_count=20,
-        phases=[Phase.explicit, Phase.reuse, Phase.generate] + [Phase.shrink] * shrinks,
+        # After each broken example there is another worker, which takes too long to shrink.
+        phases=[Phase.explicit, Phase.reuse, Phase.generate] + [Phase.shrink] * (shrinks and not bench.is_in_worker),
         database=hypothesis.settings().database if bench.settings.seed is None else None,
     )
     with _shrinking_ends():

@@ -68,6 +68,12 @@ class Stream:
     def is_over(self) -> bool:
         return self._pump_task.done()
 
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a task for the next chunk exists now; a moment later it is inside the engine."""
+        task = self._reader.task if self._reader is not None else None
+        return task is not None and not task.done()
+
     def stop(self) -> None:
         """`context.stop_generating()`, and nothing else: the engine has to see it by itself."""
         self.note("stop")

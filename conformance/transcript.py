@@ -52,7 +52,8 @@ class Event:
 
     time_s: float
     # chunk, end, error; stop, kill, abort, drop, cancel: done by the suite; hang: not over in time;
-    # gone: Dynamo's bridge let go of the stream, stopped as it was, before it had ended (worker driver only)
+    # of the worker driver only, gone: Dynamo's bridge let go of a stopped stream before it had ended; refused: it
+    # did not take a chunk, and told the client so
     kind: str
     value: Any = None
 
@@ -76,6 +77,12 @@ class Transcript:
     def error(self) -> BaseException | None:
         errors = self.of_kind("error")
         return errors[0].value if errors else None
+
+    @property
+    def refusal(self) -> BaseException | None:
+        """What the client got instead of a chunk that Dynamo's bridge did not take."""
+        refusals = self.of_kind("refused")
+        return refusals[0].value if refusals else None
 
     @property
     def is_hung(self) -> bool:

@@ -4,8 +4,8 @@ A request to an engine inside Dynamo's real worker, with the interface of `strea
     stream = WorkerConversation(driver, request, "r1", stop_after=2)
     transcript = await stream.finish(within_s=2.0)
 
-The transcript has what the engine said to the real bridge, what the client did, and of what the client saw only an
-error for which the engine is not the one that raised it: a chunk that the bridge refused, a worker that is gone.
+The transcript has what the engine said to the real bridge, what the client did, and of what the client saw only the
+errors that the engine did not raise: "refused", where the bridge would not take a chunk, and that of a dead worker.
 
 Observed on ai-dynamo 1.2.1 to 1.6.1, with 1 ms or less between a client and the engine's context:
 
@@ -100,6 +100,7 @@ class WorkerConversation(Stream):
 
     async def finish(self, within_s: float) -> Transcript:
         transcript = await super().finish(within_s)
+        self._pump_task.result()
         if self._is_refused:
             raise NotHere(
                 "a Dynamo worker takes no such request: it never comes to the engine; --engine-driver bridge sends it"
@@ -124,16 +125,17 @@ class WorkerConversation(Stream):
             return
         # Is it this request, or does the worker take none at all?
         other = self._worker.open(_ORDINARY)
-        self._is_refused = await self._comes_soon(other) and not self._sent.said and not self._sent.is_over
+        is_served = await self._comes_soon(other) and bool(other.said)
+        self._is_refused = is_served and not (self._sent.said or self._sent.is_over)
         other.stop()
 
     async def _comes_soon(self, sent: WorkerStream) -> bool:
         try:
             async with asyncio.timeout(_ARRIVES_WITHIN_S):
-                while not sent.said and not (sent.is_over and sent.error):
+                while not sent.said:
                     await sent.wait_news()
         except TimeoutError:
-            return sent.is_over  # stopped before it came there
+            return sent.is_over  # it never came there, and the client knows; it may hear of an answer before we do
         return True
 
     def _is_over_for_both(self) -> bool:
@@ -160,8 +162,6 @@ class WorkerConversation(Stream):
 
     def _take_record(self, record: Record, time_s: float) -> None:
         """Of the engine."""
-        if not record.is_stopped:
-            self._put_stops_after(time_s)
         self._has_begun = True
         if record.kind in ("gone", "lost"):
             self._gone_s, self._is_lost, self._is_over_for_engine = time_s, record.kind == "lost", True
@@ -171,6 +171,8 @@ class WorkerConversation(Stream):
             if self.transcript.terminals and not self._reads_on:
                 self._put(Event(time_s, "end"))  # as far as anybody is told
             self._is_over_for_engine = bool(self.transcript.of_kind("end", "error"))
+        if not record.is_stopped:
+            self._put_stops_after(time_s)
 
     def _put(self, event: Event) -> None:
         insort(self.transcript.events, event, key=lambda event: event.time_s)
@@ -180,20 +182,22 @@ class WorkerConversation(Stream):
         events = self.transcript.events
         for stop in [event for event in events if event.kind in ("stop", "abort") and event.time_s < time_s]:
             events.remove(stop)
-            self._put(Event(time_s, stop.kind, stop.value))
+            self._put(Event(time_s, stop.kind))
 
     async def _end(self) -> None:
         """What is left to say when nothing more will come."""
         transcript = self.transcript
-        if self._client_error is not None and transcript.error is None:
-            text = str(self._client_error.value)
+        error = self._client_error
+        if error is not None and transcript.error is None:
+            text = str(error.value)
             if self._is_lost:
                 await self._worker.wait_ended()
                 text += f"; the worker's exit code is {self._worker.exit_code}; its log ends with:\n"
                 text += self._worker.log_tail()
-            self._put(Event(self._client_error.time_s, "error", BridgeError(text)))
+            is_refused = self._has_begun and not self._is_lost
+            self._put(Event(error.time_s, "refused" if is_refused else "error", BridgeError(text)))
         elif not self._is_refused and not transcript.of_kind("end", "error", "drop"):
-            self._put(Event(max(self._gone_s, transcript.events[-1].time_s), "gone"))
+            self._put(Event(max([self._gone_s, *(event.time_s for event in transcript.events)]), "gone"))
 
 
 class _ClientContext(RequestContext):

@@ -19,7 +19,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from typing import IO, Any, NamedTuple
+
+_NUDGE_AFTER_S = 0.02
 
 
 class Record(NamedTuple):
@@ -42,6 +45,7 @@ class Recorder:
         # The bridge's threads may not let go of the GIL in here, as they would in a write: when Python ends
         # meanwhile, it ends such a thread, and with it the whole process (SIGABRT, "exception not rethrown").
         self._waiting: queue.SimpleQueue[Record] = queue.SimpleQueue()
+        self._touch_rust = import_module("dynamo._core").Context("").is_stopped
         threading.Thread(target=self._write_all, name="conformance-records", daemon=True).start()
 
     def watch(self, engine: Any) -> None:
@@ -56,8 +60,12 @@ class Recorder:
                 stream = generate(request, *args, **kwargs)
             except BaseException as error:
                 note("error", error)
+                note("gone")
                 raise
-            return _Stream(stream, note) if hasattr(stream, "__anext__") else stream
+            if not hasattr(stream, "__anext__"):  # the bridge will refuse it
+                note("gone")
+                return stream
+            return _Stream(stream, note)
 
         def recorded_abort(context: Any) -> Any:
             _Note(self, 0, context)("abort")
@@ -70,9 +78,18 @@ class Recorder:
         self._waiting.put(record)
 
     def _write_all(self) -> None:
-        with suppress(OSError):  # nobody reads any more
-            while True:
-                data = pickle.dumps(self._waiting.get())
+        num_open = 0
+        while True:
+            try:
+                record = self._waiting.get(timeout=_NUDGE_AFTER_S if num_open else None)
+            except queue.Empty:
+                # What Rust let go of without holding the GIL goes when any thread next calls into Rust. On a worker
+                # with nothing to do that is when the next request comes; nobody wants to wait for it.
+                self._touch_rust()
+                continue
+            num_open += {"begin": 1, "gone": -1}.get(record.kind, 0)
+            data = pickle.dumps(record)
+            with suppress(OSError):  # nobody reads any more
                 while data:
                     data = data[os.write(self._pipe, data) :]
 
@@ -176,4 +193,5 @@ class _StandIn:
 
 def _stand_in(name: str, kind: type, text: str) -> Any:
     made = type(name, (kind,), {"__repr__": lambda _: text, "__str__": lambda _: text})
-    return made.__new__(made)
+    thing: Any = made.__new__(made)  # type: ignore[call-overload]
+    return thing

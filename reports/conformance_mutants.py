@@ -156,38 +156,43 @@ def run_all(works: Iterable[Work], num_jobs: int) -> None:
     waiting = list(works)[::-1]
     running: dict[Connection, tuple[Work, Any, float]] = {}
     num_all, began_s = len(waiting), time.monotonic()
-    while waiting or running:
-        while waiting and len(running) < num_jobs:
-            work = waiting.pop()
-            ours, theirs = spawn.Pipe(duplex=False)
-            process = spawn.Process(target=_child, args=(theirs, work.function, work.arguments))
-            process.start()
-            theirs.close()
-            running[ours] = (work, process, time.monotonic())
-        wait(list(running), timeout=1.0)
-        for connection, (work, process, since_s) in list(running.items()):
-            is_over = False
-            try:
-                while connection.poll() and not is_over:
-                    result = connection.recv()
-                    is_over = result is None or isinstance(result, str)
-                    work.problem = result or "" if is_over else ""
-                    if not is_over:
-                        work.results.append(result)
-                        work.seconds += time.monotonic() - since_s
-                        since_s = time.monotonic()
-                        running[connection] = (work, process, since_s)
-            except EOFError:
-                is_over, work.problem = True, "its process ended"
-            if not is_over and time.monotonic() - since_s > work.limit_s:
-                is_over, work.problem = True, f"not over after {work.limit_s:g} s"
-            if is_over:
-                del running[connection]
-                connection.close()
-                _end(process)
-                num_over = num_all - len(waiting) - len(running)
-                words = f"{num_over} of {num_all}, {time.monotonic() - began_s:.0f} s: {work.title}"
-                print(f"{words} {work.problem}".rstrip(), file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `finally` runs
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_jobs:
+                work = waiting.pop()
+                ours, theirs = spawn.Pipe(duplex=False)
+                process = spawn.Process(target=_child, args=(theirs, work.function, work.arguments))
+                process.start()
+                theirs.close()
+                running[ours] = (work, process, time.monotonic())
+            wait(list(running), timeout=1.0)
+            for connection, (work, process, since_s) in list(running.items()):
+                is_over = False
+                try:
+                    while connection.poll() and not is_over:
+                        result = connection.recv()
+                        is_over = result is None or isinstance(result, str)
+                        work.problem = result or "" if is_over else ""
+                        if not is_over:
+                            work.results.append(result)
+                            work.seconds += time.monotonic() - since_s
+                            since_s = time.monotonic()
+                            running[connection] = (work, process, since_s)
+                except EOFError:
+                    is_over, work.problem = True, "its process ended"
+                if not is_over and time.monotonic() - since_s > work.limit_s:
+                    is_over, work.problem = True, f"not over after {work.limit_s:g} s"
+                if is_over:
+                    del running[connection]
+                    connection.close()
+                    _end(process)
+                    num_over = num_all - len(waiting) - len(running)
+                    words = f"{num_over} of {num_all}, {time.monotonic() - began_s:.0f} s: {work.title}"
+                    print(f"{words} {work.problem}".rstrip(), file=sys.stderr, flush=True)
+    finally:
+        for _, process, _ in running.values():
+            _end(process)
 
 
 def _end(process: Any) -> None:

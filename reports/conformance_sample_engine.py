@@ -136,12 +136,15 @@ def main() -> int:
     arguments: dict[str, dict[str, str]] = tomllib.loads(_ARGUMENTS_FILE.read_text(encoding="utf-8"))
     faults: list[str] = []
     sections = []
+    unused = {(name, rule_id) for name, table in arguments.items() for rule_id in table}
     for subject in _SUBJECTS:
         cases, held = collect(flags.python or [sys.executable], subject)
-        argued = arguments.get(f"{subject.engine.partition(':')[2]} {subject.role}", {})
+        name = subject.engine.partition(":")[2]
+        argued = arguments[name]
         faults += [f"{subject.title}: {rule_id} is not argued" for rule_id in cases.keys() - argued.keys()]
-        faults += [f"{subject.title}: {rule_id} is argued and not found" for rule_id in argued.keys() - cases.keys()]
+        unused -= {(name, rule_id) for rule_id in cases}
         sections.append(_section(subject, cases, held, argued))
+    faults += [f"{name}: {rule_id} is argued and not found" for name, rule_id in sorted(unused)]
     head = f"""# The suite on engines that we did not write
 
     python reports/conformance_sample_engine.py --out reports/conformance-sample-engine.md --python ... --python ...

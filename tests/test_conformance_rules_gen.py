@@ -36,6 +36,7 @@ def name_of(mutant: Mutant) -> str:
     return f"{mutant.rule_id}-{mutant.name}"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # they are broken, after all
 @pytest.mark.parametrize("mutant", OURS, ids=name_of)
 def test_a_broken_engine_is_noticed_by_the_rule_that_names_it(mutant: Mutant):
     verdict = verdict_on(mutant, seed=1, shrinks=False)
@@ -61,7 +62,7 @@ def test_every_rule_that_is_checked_has_a_broken_engine():
     ],
 )
 def test_a_correct_engine_is_not_blamed(engine: str, arguments: str, role: Role | None):
-    settings = SuiteSettings(engine, arguments, "bridge", role, seed=2, max_examples=10)
+    settings = SuiteSettings(engine, arguments, "bridge", role, seed=2, max_examples=6)
     found = {verdict.rule.id: verdict.finding.message for verdict in verdicts_of(settings, RULES) if verdict.finding}
     assert not found
 
@@ -194,7 +195,6 @@ def run_script(script: str) -> subprocess.CompletedProcess[str]:
         "NoFinishReason",
         "OneTokenTooMany",
         "OutputIsAppended",
-        "SleepsInLoop",
         "KeyErrorForLongPrompt",
         "AllIsInvalid",
         "FailedKeepsPlace",

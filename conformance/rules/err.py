@@ -215,9 +215,9 @@ def _is_not_raised(error: BaseException | None) -> str:
 
 @check("err.recover")
 async def recover(bench: Bench, draw: Draw) -> None:
-    """As many wrong requests as there are places, and one more, so that it shows if each keeps one."""
+    """As many wrong requests as there are places, so that it shows if each keeps one."""
     places = bench.facts.numbers.get("max_num_seqs")
-    most = min(places if isinstance(places, int) else 4, 8) + 1
+    most = min(places if isinstance(places, int) else 4, 8)
     faults = request_faults(bench)
     wrong = draw(st.lists(wrong_request(bench), min_size=1, max_size=3))
     point = draw(st.sampled_from(["", *faults]))

@@ -375,12 +375,14 @@ async def stop_tokens(bench: Bench, draw: Draw) -> None:
     base = draw(requests(max_tokens=st.just(12)))
     base["stop_conditions"] |= {"ignore_eos": None, "min_tokens": draw(st.sampled_from([None, 0]))}
     base["sampling_options"] = {**base["sampling_options"], "temperature": 0.0}
+    where = draw(st.integers(0, 11))
+    keys = draw(st.permutations(["stop_token_ids", "stop_token_ids_hidden", "eos_token_ids"]))
     tokens = (await bench.answer(base)).token_ids
     again = await bench.answer(copy.deepcopy(base))
     if tokens != again.token_ids or len(tokens) < 2:
         raise NotHere("answers to the same greedy request differ, so what it will say cannot be known")
-    place = draw(st.integers(0, len(tokens) - 1))
-    for key in draw(st.permutations(["stop_token_ids", "stop_token_ids_hidden", "eos_token_ids"])):
+    place = where % len(tokens)
+    for key in keys:
         for kind in ("stops", "is too soon", "is ignored"):
             if kind == "is too soon" and place + 3 > len(tokens):
                 continue

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from hypothesis import strategies as st
 
@@ -42,11 +43,21 @@ WAYS = {
 ONE_ROUND = 6  # requests
 CONFIRM_WITH = 200  # requests in all before growth is called a leak
 _SPACING_S = 0.05
+_confirmed: WeakKeyDictionary[Bench, set[str]] = (
+    WeakKeyDictionary()
+)  # what grew over many requests once; seen again, few do
 _MOST_TOKENS = 4096
 MOST_FILLERS = 300
 
 
 # Requests.
+
+
+def _block_size(bench: Bench) -> int:
+    """Tokens of a KV block, 16 if nobody says; less if two blocks would take half of the context."""
+    block = bench.numbers.get("kv_cache_block_size")
+    block = block if isinstance(block, int) and block > 0 else 16
+    return max(1, min(block, room(bench, 0) // 4))
 
 
 def room(bench: Bench, prompt: int) -> int:
@@ -57,8 +68,8 @@ def room(bench: Bench, prompt: int) -> int:
 
 def long_request(bench: Bench, draw: Draw, *, num_choices: int | None = None) -> dict[str, Any]:
     """A request whose answer takes longer than a cancelled one may go on, where the context has room for that."""
-    prompt = draw(prompts(12))
-    return long_of(bench, prompt, num_choices=num_choices)
+    block = [11] * _block_size(bench)  # so that at least one KV block is full
+    return long_of(bench, draw(prompts(12)) + block * draw(st.integers(0, 2)), num_choices=num_choices)
 
 
 def long_of(bench: Bench, prompt: list[int], *, num_choices: int | None = None) -> dict[str, Any]:
@@ -100,8 +111,10 @@ async def fill(bench: Bench, engine: Any, within_s: float) -> list[Stream]:
     if gives_one_chunk(bench) or count > (MOST_FILLERS if bench.is_virtual else 64):
         raise NotHere(f"to keep {limit} slots busy for {within_s:g} s takes too many requests")
     fillers = [await bench.open(copy.deepcopy(request), engine=engine) for _ in range(count)]
-    for stream in fillers[:limit]:
-        await stream.wait_chunks(1, bench.answer_within_s())
+    for i, stream in enumerate(fillers[:limit]):
+        if not await stream.wait_chunks(1, bench.answer_within_s()):
+            expect(i > 0, "with nothing else open, a valid request got no answer", stream.transcript)
+            break  # the slots may be fewer than max_num_seqs, if the KV cache is small
     return fillers
 
 
@@ -153,8 +166,11 @@ async def leave(bench: Bench, way: str, request: Mapping[str, Any], place: int, 
             stream = await opened(request)
             if await stream.wait_chunks(place, within_s):
                 end_s = time.monotonic() + 1.0
-                while not (stream.is_over or stream.cancel_step()) and time.monotonic() < end_s:  # noqa: ASYNC110
+                while not (stream.is_over or stream.is_stepping) and time.monotonic() < end_s:  # noqa: ASYNC110
                     await asyncio.sleep(0)  # a step begins on another thread
+                for _ in range(3):  # one that has not begun would be cancelled without the engine's knowing
+                    await asyncio.sleep(0)
+                stream.cancel_step()
         case "queued":
             fillers = await fill(bench, engine, bench.cancel_within_s + 1)
             stream = await opened(request)
@@ -245,14 +261,13 @@ async def _expect_no_growth(
     bench: Bench, way: str, request: Mapping[str, Any], place: int, *, tell_apart: bool
 ) -> None:
     last: list[Transcript] = []
-    number = 0
+    tell_apart = tell_apart and way not in ("whole", "wrong")
 
     async def one(this_way: str) -> None:
-        nonlocal number
-        number += 1
         mine = copy.deepcopy(dict(request))
         if tell_apart:
-            mine["token_ids"] = [number % 499 + 1, number // 499 + 1] * _distinct_length(bench)
+            number = int(bench.next_id().rpartition("-")[2])  # another one each time, in the engine's whole life
+            mine["token_ids"] = [number % 499 + 1, number // 499 % 499 + 1] * _block_size(bench)
             mine["stop_conditions"]["max_tokens"] = min(
                 mine["stop_conditions"]["max_tokens"], room(bench, len(mine["token_ids"]))
             )
@@ -264,7 +279,7 @@ async def _expect_no_growth(
         bench,
         bench.engine,
         lambda: one(way),
-        beside=(lambda: one("whole")) if tell_apart and way not in ("whole", "wrong") else None,
+        beside=(lambda: one("whole")) if tell_apart else None,
         most=30 if way == "queued" else CONFIRM_WITH,
     )
     if not suspects:
@@ -278,12 +293,6 @@ async def _expect_no_growth(
         *last,
         code=leave_code(bench, way, last[0].request, place, size_code(path), 40, with_ids=tell_apart),
     )
-
-
-def _distinct_length(bench: Bench) -> int:
-    block = bench.numbers.get("kv_cache_block_size")
-    block = block if isinstance(block, int) and block > 0 else 16
-    return max(1, min(block, room(bench, 0) // 4))
 
 
 async def growing(
@@ -304,7 +313,10 @@ async def growing(
     begin: dict[str, int] = sizes_of(engine)
     suspects: dict[str, tuple[int, int]] | None = None
     num_calls = 0
+    confirmed = _confirmed.setdefault(bench, set())
     for size in (ONE_ROUND, ONE_ROUND, max(most - 2 * ONE_ROUND, ONE_ROUND)):
+        if suspects is not None and size > ONE_ROUND and confirmed & set(suspects):
+            break
         normal: dict[str, int] = {}
         if beside is not None:
             before = sizes_of(engine)
@@ -332,6 +344,7 @@ async def growing(
         suspects = {path: (after[path] - begin.get(path, 0), num_calls) for path in now if path in after}
         if not suspects:
             return {}
+    confirmed.update(suspects or ())
     return suspects or {}
 
 
@@ -386,7 +399,7 @@ def leave_code(
     budget = {**request, "stop_conditions": {**request["stop_conditions"], "max_tokens": place + 2}}
     sent = as_code(budget if short and way in ("whole", "last step") else request)
     if with_ids:
-        sent += " | {'token_ids': [number % 499 + 1, 7] * " + str(_distinct_length(bench)) + "}"
+        sent += " | {'token_ids': [number % 499 + 1, 7] * " + str(_block_size(bench)) + "}"
     reads = {"last step": place + 1}.get(way, 0 if way in ("whole", "wrong") else place)
     lines = [
         "from concurrent.futures import ThreadPoolExecutor",

@@ -16,12 +16,13 @@ from typing import Any
 from hypothesis import strategies as st
 
 from conformance.bench import Bench, Draw
-from conformance.recording import RecordingMetrics, RecordingSnapshotPublisher, Served, Snapshot, serve
+from conformance.bridge import on_foreign_thread
+from conformance.recording import RecordingMetrics, Served, Snapshot, serve
 from conformance.reproducer import as_code
 from conformance.rules import check
 from conformance.runner_errors import NotHere
 from conformance.transcript import Transcript, Violation, expect
-from conformance.wire import requests
+from conformance.wire import requests, wire_request
 
 MAX_U32 = 2**32 - 1
 MAX_U64 = 2**64 - 1
@@ -33,7 +34,7 @@ _PATIENCE_S = 0.4  # real seconds for a thread of the engine to publish once
 async def ranks(bench: Bench, draw: Draw) -> None:
     calls = []
     for _ in range(draw(st.integers(2, 4))):
-        calls.append(bench.engine.component_metrics_dp_ranks())
+        calls.append(await on_foreign_thread(bench.engine.component_metrics_dp_ranks))
         if draw(st.booleans()):
             await bench.talk(draw(requests(max_tokens=st.integers(1, 3))))
     ranks_of(calls)
@@ -74,12 +75,13 @@ async def snapshot(bench: Bench, draw: Draw) -> None:
     served = await serve(bench)
     batch = served.too_much() if draw(st.booleans()) else []
     if not batch:
-        longest = served.numbers["context_length"]
-        max_isl = min(64, longest - 8) if isinstance(longest, int) else 64
-        batch = [draw(requests(max_isl=max_isl, max_tokens=st.integers(2, 8))) for _ in range(draw(st.integers(1, 5)))]
+        context, block_size = served.numbers["context_length"], served.numbers["kv_cache_block_size"] or 16
+        max_isl = min(64, context - 8) if isinstance(context, int) else 64
+        several = st.lists(requests(max_isl=max_isl, max_tokens=st.integers(2, 8)), max_size=4)
+        batch = [wire_request([3] * min(max_isl, 2 * block_size + 1), max_tokens=4), *draw(several)]
     streams = [
-        await bench.open(request, engine=served.engine, stop_after=draw(st.none() | st.integers(1, 3)))
-        for request in batch
+        await bench.open(request, engine=served.engine, stop_after=draw(st.none() | st.integers(1, 3)) if i else None)
+        for i, request in enumerate(batch)
     ]
     if served.has_threads:
         before = len(served.snapshots.snapshots)
@@ -137,8 +139,8 @@ class Publisher:
     publish_removed = publish_batch = publish_stored
 snapshots, engine = [], (await Engine.from_args(ARGV))[0]
 await engine.start(1)
-engine.attach_snapshot_publisher(Publisher())
 for source in await engine.kv_event_sources(): source.on_ready(Publisher())
+engine.attach_snapshot_publisher(Publisher())
 async def talk(i, request): return [chunk async for chunk in engine.generate(request, context=Context(f"r{{i}}"))]
 talks = asyncio.gather(*(talk(i, request) for i, request in enumerate([{talks}])))
 for _ in range(200): await asyncio.sleep(0); __import__("time").sleep(0.001)  # the requests are under way
@@ -160,7 +162,7 @@ async def attach_once(bench: Bench, draw: Draw) -> None:
             stream = await bench.open(draw(requests(max_tokens=st.integers(4, 12))), engine=served.engine)
             if is_late and i == 0:
                 await stream.wait_chunks(1, bench.answer_within_s())
-                _attach(served)
+                await _attach(served)
             transcript = await stream.finish(bench.answer_within_s())
             error = transcript.error
             expect(
@@ -183,9 +185,9 @@ async def attach_once(bench: Bench, draw: Draw) -> None:
         threading.excepthook = usual_hook
 
 
-def _attach(served: Served) -> None:
+async def _attach(served: Served) -> None:
     try:
-        served.engine.attach_snapshot_publisher(RecordingSnapshotPublisher())
+        await on_foreign_thread(lambda: served.engine.attach_snapshot_publisher(served.snapshots))
     except Exception as error:
         raise Violation(
             f"attach_snapshot_publisher raised {type(error).__name__}: {error} when a request was under way",

@@ -14,6 +14,7 @@ from conformance.selftest.toy import ToyEngine, Work, logger
 @mutant("cancel.mid", "never looks at the context; only abort stops a request")
 class NeverLooksAtContext(ToyEngine):
     def is_cancelled(self, work: Work, context: Any) -> bool:
+        del context
         return work.is_aborted
 
 
@@ -36,7 +37,7 @@ class EndsSilently(ToyEngine):
 @mutant("cancel.mid", "a cancelled request raises")
 class RaisesWhenCancelled(ToyEngine):
     def cancelled(self, work: Work) -> dict[str, Any]:
-        raise RuntimeError("the request was cancelled")
+        raise RuntimeError(f"{work.request_id} was cancelled")
 
 
 @mutant("cancel.mid", "looks at the context before the first token only")
@@ -89,7 +90,7 @@ class CannotBeCancelledBeforeFirstOutput(ToyEngine):
 @mutant("cancel.blocked", "nothing wakes a request that waits in the queue", engine_args="--step-s 0.1")
 class SleepsInQueue(ToyEngine):
     async def wait_for_slot(self, work: Work, context: Any) -> bool:
-        while not work.has_slot and self.num_slots_used >= self.options.max_num_seqs:
+        while not work.has_slot and self.num_slots_used >= self.options.max_num_seqs:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         return await super().wait_for_slot(work, context)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
@@ -123,10 +124,8 @@ class KeepsInnerGenerator(ToyEngine):
 @mutant("drop.task_cancel", "swallows CancelledError and goes on")
 class SwallowsCancelledError(ToyEngine):
     async def step(self, work: Work, context: Any) -> None:
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await super().step(work, context)
-        except asyncio.CancelledError:
-            pass
 
 
 @mutant("drop.task_cancel", "turns CancelledError into an error of its own")
@@ -165,7 +164,7 @@ class KeepsHistory(ToyEngine):
 @leak("drop.no_state", "the KV blocks of a dropped request stay pinned")
 class PinsBlocksOfDropped(ToyEngine):
     def give_blocks_back(self, work: Work) -> None:
-        if not leaves_with(GeneratorExit):
+        if len(work.output) >= work.max_tokens or not leaves_with(GeneratorExit):
             super().give_blocks_back(work)
 
 
@@ -203,8 +202,8 @@ class CancelInPrefillHangsNext(ToyEngine):
         super().release(work)
 
     async def wait_for_slot(self, work: Work, context: Any) -> bool:
-        while self.is_stuck and not self.is_cancelled(work, context):
-            await asyncio.sleep(0.01)
+        while self.is_stuck and not self.is_cancelled(work, context):  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
         return await super().wait_for_slot(work, context)
 
 
@@ -242,8 +241,8 @@ class TransferringToy(ToyEngine):
     transfer_s = 0.05
 
     def release(self, work: Work) -> None:
-        is_fetched = work.request_id not in self.transfers
-        if self.role != "prefill" or work.is_released or not is_fetched or len(work.output) < work.max_tokens:
+        is_whole = len(work.output) >= work.max_tokens
+        if self.role != "prefill" or not self.is_running or not is_whole or work.request_id in self.transfers:
             super().release(work)
             return
         self.transfers.add(work.request_id)

@@ -53,6 +53,13 @@ class RankAsText(ToyEngine):
         return [module.PushSource(on_ready=self.on_kv_ready, dp_rank="0")]
 
 
+@mutant("kv.sources_shape", "on_ready wants the event loop of its thread", engine_args=KV)
+class OnReadyWantsLoop(ToyEngine):
+    def on_kv_ready(self, publisher: Any) -> None:
+        asyncio.get_running_loop()
+        super().on_kv_ready(publisher)
+
+
 @mutant("kv.sources_stable", "each call gives the next rank", engine_args=KV)
 class RanksGoOn(ToyEngine):
     num_calls = 0
