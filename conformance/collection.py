@@ -150,9 +150,11 @@ class Suite:
         rule = verdict.rule
         if rule.level not in ("MUST", "SHOULD"):
             return dataclasses.replace(verdict, outcome=Outcome.WARNED, reason=f"{rule.level} rules only warn")
-        if rule.level == "SHOULD" and self.fail_on == "must":
+        is_should = rule.level == "SHOULD" or (verdict.finding is not None and verdict.finding.is_should)
+        if is_should and self.fail_on == "must":
+            what = "SHOULD rules" if rule.level == "SHOULD" else "this part of the rule is a SHOULD; those"
             return dataclasses.replace(
-                verdict, outcome=Outcome.WARNED, reason="SHOULD rules only warn, unless with --fail-on should"
+                verdict, outcome=Outcome.WARNED, reason=f"{what} only warn, unless with --fail-on should"
             )
         if rule.entered != _FIRST_SUITE and suite_version().startswith(f"{rule.entered}."):
             return dataclasses.replace(
@@ -249,7 +251,7 @@ class RuleItem(pytest.Item):
         error = excinfo.value
         if isinstance(error, RuleBroken):
             return format_finding(error.verdict, self.suite.settings.engine)
-        if isinstance(error, StaleDeviation):
+        if isinstance(error, StaleDeviation | SuiteError):
             return str(error)
         return super().repr_failure(excinfo, style)
 

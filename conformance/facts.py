@@ -16,6 +16,7 @@ import inspect
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from conformance import release
@@ -113,8 +114,8 @@ async def _role(engine_class: Any, argv: list[str], wanted: Role | None) -> tupl
         except (SystemExit, Exception):
             continue
     raise SuiteError(
-        f"--engine-role is {wanted}, but the engine's WorkerConfig says {role}, with --disaggregation-mode {wanted} too. "
-        "Give the flags that make it one with --engine-args."
+        f"--engine-role is {wanted}, but the engine's WorkerConfig says {role}, "
+        f"with --disaggregation-mode {wanted} too. Give the flags that make it one with --engine-args."
     )
 
 
@@ -163,7 +164,7 @@ async def _dry_run(engine_class: Any, facts: Facts) -> tuple[_Signs, Facts]:
             if peer is not None:
                 await peer.cleanup()
         times = [event.time_s for event in transcript.of_kind("chunk")]
-        gaps = [later - sooner for sooner, later in zip(times, times[1:], strict=False)]
+        gaps = [later - sooner for sooner, later in pairwise(times)]
         return signs, dataclasses.replace(
             facts,
             first_chunk_s=times[0] if times else 0.0,

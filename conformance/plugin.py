@@ -52,7 +52,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "which broken rules fail the run; those below are warnings (default: must)",
     },
     "--deviations": {"metavar": "FILE", "help": "TOML file of rules that are known to be broken, with reasons"},
-    "--max-examples": {"metavar": "N", "type": int, "help": "Hypothesis examples a rule (default: 30; down to 8 for a slow engine)"},
+    "--max-examples": {
+        "metavar": "N",
+        "type": int,
+        "help": "Hypothesis examples a rule (default: 30; down to 8 for a slow engine)",
+    },
     "--example": {
         "metavar": "RELEASE:BLOB",
         "help": "try one example again, as a finding printed it; needs one --rule",

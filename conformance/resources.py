@@ -7,7 +7,6 @@ Exact where the engine offers a probe (see `Probe`), by counting otherwise.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections import deque
@@ -124,7 +123,7 @@ def _open_files() -> set[str]:
     files = set()
     for entry in Path("/proc/self/fd").glob("*"):
         try:
-            target = os.readlink(entry)
+            target = str(entry.readlink())
         except OSError:
             continue
         if not target.startswith(("/proc/", "/dev/null")):

@@ -17,7 +17,15 @@ from typing import Any
 import hypothesis
 from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
-from hypothesis.errors import Flaky, HypothesisException, InvalidArgument, UnsatisfiedAssumption
+from hypothesis.errors import (
+    DidNotReproduce,
+    FailedHealthCheck,
+    Flaky,
+    HypothesisException,
+    InvalidArgument,
+    Unsatisfiable,
+    UnsatisfiedAssumption,
+)
 from hypothesis.internal.conjecture import engine as conjecture
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -27,6 +35,7 @@ from conformance.release import dynamo_version
 from conformance.reproducer import reproducing_script
 from conformance.rules import UNCHECKABLE, Check, checks
 from conformance.runner_errors import NotHere
+from conformance.settings import SuiteError
 from conformance.transcript import Violation
 from conformance.verdict import Finding, Outcome, Verdict
 
@@ -53,7 +62,7 @@ def judge_rule(bench: Bench, rule: Rule, *, example: tuple[str, str] | None = No
 
     `example`: Hypothesis' release and blob of an example that failed before; only this one is tried.
     `shrinks`: make what fails as small as can be, which takes longer than to find it.
-    Raises ValueError if it was made by another release of Hypothesis.
+    Raises SuiteError if it was made by another release of Hypothesis.
     """
     began_s = time.perf_counter()
     check = checks().get(rule.id)
@@ -69,18 +78,7 @@ def judge_rule(bench: Bench, rule: Rule, *, example: tuple[str, str] | None = No
         return Verdict(rule, Outcome.SKIPPED, str(error), seconds=time.perf_counter() - began_s)
     except (HypothesisException, BaseExceptionGroup, Exception) as error:
         if isinstance(error, HypothesisException) and tries.failure is None:
-            if isinstance(error, InvalidArgument) and example is not None:
-                raise ValueError(
-                    f"{rule.id}: the pinned example was made by Hypothesis {example[0]}, and this is "
-                    f"{hypothesis.__version__}, or the check has changed since; run without it and pin the new one."
-                ) from None
-            if type(error).__name__ in ("Unsatisfiable", "FailedHealthCheck", "DidNotReproduce"):
-                return (
-                    Verdict(rule, Outcome.SKIPPED, f"no example could be tried: {error}", num_examples=tries.num)
-                    if example is None
-                    else Verdict(rule, Outcome.PASSED, num_examples=tries.num)
-                )
-            raise
+            return _without_failure(rule, tries, error, example)
         finding = _finding(bench, rule, tries, error)
         return Verdict(
             rule,
@@ -90,6 +88,23 @@ def judge_rule(bench: Bench, rule: Rule, *, example: tuple[str, str] | None = No
             seconds=time.perf_counter() - began_s,
         )
     return Verdict(rule, Outcome.PASSED, num_examples=tries.num, seconds=time.perf_counter() - began_s)
+
+
+def _without_failure(rule: Rule, tries: _Tries, error: HypothesisException, example: tuple[str, str] | None) -> Verdict:
+    """Hypothesis gave up, and not because of the engine."""
+    if example is not None and isinstance(error, DidNotReproduce):
+        return Verdict(rule, Outcome.PASSED, num_examples=tries.num)
+    if example is not None and isinstance(error, InvalidArgument):
+        raise SuiteError(
+            f"{rule.id}: the pinned example was made by Hypothesis {example[0]}, and this is "
+            f"{hypothesis.__version__}, or the check has changed since; run without it and pin the new one."
+        ) from None
+    if isinstance(error, Unsatisfiable | FailedHealthCheck):
+        return Verdict(rule, Outcome.SKIPPED, f"no example could be tried: {error}", num_examples=tries.num)
+    if isinstance(error, Flaky):
+        reason = f"what could be tried depended on the engine's timing, and differed when it was tried again: {error}"
+        return Verdict(rule, Outcome.SKIPPED, reason, num_examples=tries.num)
+    raise error
 
 
 def why_not(bench: Bench, rule: Rule, check: Check) -> str:
@@ -204,6 +219,7 @@ def _finding(bench: Bench, rule: Rule, tries: _Tries, error: BaseException) -> F
         ),
         script=reproducing_script(bench.settings, bench.facts, rule, message, transcripts, failure),
         example=f"{example.group(1)}:{example.group(2)}" if example else "",
+        is_should=getattr(failure, "is_should", False),
     )
 
 

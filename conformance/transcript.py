@@ -26,24 +26,40 @@ class Violation(AssertionError):
     """A rule is broken. The message says what was found and what the rule wants."""
 
     def __init__(
-        self, message: str, transcripts: Sequence[Transcript] = (), *, shows: str = "", code: str = ""
+        self,
+        message: str,
+        transcripts: Sequence[Transcript] = (),
+        *,
+        shows: str = "",
+        code: str = "",
+        is_should: bool = False,
     ) -> None:
         super().__init__(message)
         self.transcripts = list(transcripts)
         self.shows = shows
         self.code = code
+        self.is_should = is_should
 
 
-def expect(condition: object, message: str, *transcripts: Transcript, shows: str = "", code: str = "") -> None:
+def expect(
+    condition: object,
+    message: str,
+    *transcripts: Transcript,
+    shows: str = "",
+    code: str = "",
+    is_should: bool = False,
+) -> None:
     """
-    Raise `Violation` unless `condition`. The reproducing script is made from one of these:
+    Raise `Violation` unless `condition`.
+
+    `is_should`: this part of a MUST rule is only a SHOULD. The reproducing script is made from one of these:
 
     `shows`: a Python expression over `chunks` (those of the first transcript; `others` has the chunks of
     the rest) that is true where the rule holds. `code`: where no conversation shows it, the lines of an
     `async def main()` that do, with the names `Engine`, `ARGV` and `asyncio`; they raise where the rule is broken.
     """
     if not condition:
-        raise Violation(message, transcripts, shows=shows, code=code)
+        raise Violation(message, transcripts, shows=shows, code=code, is_should=is_should)
 
 
 @dataclass(frozen=True, slots=True)

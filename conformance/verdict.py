@@ -30,6 +30,7 @@ class Finding:
     transcript: tuple[str, ...] = ()  # lines with times: what was said, in order
     script: str = ""  # a standalone Python program of at most 25 lines that shows it; "" if there is none
     example: str = ""  # Hypothesis' release and blob, "6.100.0:AXic...", which `--deviations` and `--example` take
+    is_should: bool = False  # of a MUST rule, only a part is broken that is a SHOULD
 
 
 @dataclass(frozen=True, slots=True)

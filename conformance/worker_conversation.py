@@ -7,14 +7,15 @@ A request to an engine inside Dynamo's real worker, with the interface of `strea
 The transcript has what the engine said to the real bridge, what the client did, and of what the client saw only the
 errors that the engine did not raise: "refused", where the bridge would not take a chunk, and that of a dead worker.
 
-Observed on ai-dynamo 1.2.1 to 1.6.1, with 1 ms or less between a client and the engine's context:
+Observed on ai-dynamo 1.2.1, 1.4.2 and 1.6.1:
 
-* When a client stops, its own stream ends at once. The bridge calls `abort` and goes on to read; a terminal chunk is
-  read, and so is one chunk before it. With the second chunk that is no terminal the bridge lets go ("gone").
-* When a client leaves, the bridge notices with the next chunk, and then does the same: `abort`, and it reads on.
-* After the terminal chunk the bridge reads once more, and throws away what comes.
-* A request that is no `PreprocessedRequest` (without stop_conditions, say) never comes to the engine, nor does an
-  answer to the client. `finish` raises NotHere then.
+* When a client stops, its own stream ends at once. Within 1 ms the engine's context is stopped and `abort` called.
+  The bridge reads on, to the terminal chunk if that is one of the next two; with the second chunk that is none it
+  lets go ("gone").
+* When a client leaves, the bridge notices with the engine's next chunk, and then does the same.
+* After a terminal chunk the bridge reads once more, as a rule, and throws away what comes.
+* A request that does not parse as a `PreprocessedRequest` (n is -1, say) never comes to the engine, nor does an
+  answer to the client: `finish` raises NotHere. What parses is completed, and its unknown keys are gone.
 """
 
 from __future__ import annotations
@@ -190,8 +191,9 @@ class WorkerConversation(Stream):
         error = self._client_error
         if error is not None and transcript.error is None:
             text = str(error.value)
-            if self._is_lost:
+            if self._is_lost or not self._has_begun:
                 await self._worker.wait_ended()
+            if not self._worker.is_alive:
                 text += f"; the worker's exit code is {self._worker.exit_code}; its log ends with:\n"
                 text += self._worker.log_tail()
             is_refused = self._has_begun and not self._is_lost

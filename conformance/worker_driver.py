@@ -17,6 +17,7 @@ several event loops one after the other; a stream belongs to the loop in which i
 What a Dynamo client can see (observed on ai-dynamo 1.2.1 to 1.6.1):
 
 * After `stop` the stream ends with what was on its way: what the engine says to a cancel does not reach the client.
+  It is in `said`, with all else that the engine said to the bridge.
 * A dropped stream is noticed with the engine's next chunk, and only then.
 * A request that the worker cannot parse is never answered: `finish` runs into its time limit.
 * Every failure is an exception, even a broken chunk; its text begins with Dynamo's name for it.

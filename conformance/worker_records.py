@@ -6,8 +6,9 @@ What an engine says to Dynamo's real bridge, written down beside it.
     for record in read_records(pipe): ...   in the process that judges
 
 A Dynamo client does not see all of it: nothing after it has stopped or left, and not how an exception was typed.
-Nothing changes for the engine: each call is made at once on the thread on which the bridge makes it, and a stream
-goes when the bridge lets go of it, on that thread too.
+Nothing changes for the engine: each call is made at once on the thread on which the bridge makes it, and nothing here
+keeps a stream. Where the bridge lets go of one without holding the GIL, it goes with the next call into Rust on any
+thread (pyo3); this comes within 20 ms here, from the thread that writes the records.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from importlib import import_module
 from typing import IO, Any, NamedTuple
+
+from conformance.release import core
 
 _NUDGE_AFTER_S = 0.02
 
@@ -45,7 +47,7 @@ class Recorder:
         # The bridge's threads may not let go of the GIL in here, as they would in a write: when Python ends
         # meanwhile, it ends such a thread, and with it the whole process (SIGABRT, "exception not rethrown").
         self._waiting: queue.SimpleQueue[Record] = queue.SimpleQueue()
-        self._touch_rust = import_module("dynamo._core").Context("").is_stopped
+        self._touch_rust = core("Context")("").is_stopped
         threading.Thread(target=self._write_all, name="conformance-records", daemon=True).start()
 
     def watch(self, engine: Any) -> None:

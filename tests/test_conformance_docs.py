@@ -74,5 +74,6 @@ def test_every_pytest_command_on_the_page_uses_options_that_there_are():
         for line in block.splitlines():
             _, found, command = line.partition("pytest ")
             if found:
-                flags = {word.partition("=")[0] for word in shlex.split(command, comments=True) if word[0] == "-" and " " not in word}
+                words = shlex.split(command, comments=True)
+                flags = {word.partition("=")[0] for word in words if word[0] == "-" and " " not in word}
                 assert flags <= {*OPTIONS, *own}, line

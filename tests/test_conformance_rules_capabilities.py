@@ -34,7 +34,7 @@ from conformance.rules.kv import (
     tokens_true_of,
 )
 from conformance.rules.logp import aligned_of, bad_option_of, prompt_of, top_of
-from conformance.rules.metrics import ranks_of, snapshot_problems
+from conformance.rules.metrics import range_problems, ranks_of, type_problems
 from conformance.selftest.kill import verdict_on, verdicts_of
 from conformance.selftest.mutants import Mutant, mutants
 from conformance.selftest.toy import Blocks, ToyEngine
@@ -336,7 +336,8 @@ def snapshot(rank: Any = 0, **fields: Any) -> list[str]:
         "dp_rank": 0,
         "kv_cache_hit_rate": None,
     }
-    return snapshot_problems(Snapshot(rank, usual | fields), [0])
+    one = Snapshot(rank, usual | fields)
+    return type_problems(one, [0]) or range_problems(one)
 
 
 PLAIN = {"token_ids": [5]}

@@ -105,8 +105,8 @@ def test_the_conformance_suite_and_the_engine_do_not_know_each_other():
 SUITE_ROWS = (
     "catalogue release virtual_loop runner_errors wire",
     "verdict deviations context transcript bridge streams settings resources"
-    " verdict_text html_report suite_report terminal_summary",
-    "worker_driver worker_child facts bench recording reproducer",
+    " verdict_text html_report suite_report terminal_summary worker_records",
+    "worker_driver worker_child worker_conversation facts bench recording reproducer",
     "rules",
     "runner",
     "collection plugin selftest",

@@ -247,6 +247,7 @@ async def balance(bench: Bench, draw: Draw) -> None:
         "by itself its blocks were removed, so a stopped or dropped one should give them back as well",
         *bench.transcripts,
         code=_script(bench.transcripts, f"{_REPLAY}\nassert not live, live"),
+        is_should=True,
     )
     # Removals that wait to be published when `cleanup` begins.
     last = [Move(wire_request(_text(20 + i, _num_tokens(served, 1)), max_tokens=1), is_alone=False) for i in range(4)]
@@ -261,6 +262,7 @@ async def balance(bench: Bench, draw: Draw) -> None:
         "their removal was never published, and should be, before cleanup or in it",
         *bench.transcripts,
         code=_script(bench.transcripts[-4:], f"{_REPLAY}\nassert not live, live", sees_cleanup=True),
+        is_should=True,
     )
     for publisher in served.kv:
         balance_of(publisher.events, total, bench.transcripts)

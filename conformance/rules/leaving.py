@@ -69,7 +69,7 @@ def room(bench: Bench, prompt: int) -> int:
 def long_request(bench: Bench, draw: Draw, *, num_choices: int | None = None) -> dict[str, Any]:
     """A request whose answer takes longer than a cancelled one may go on, where the context has room for that."""
     block = [11] * _block_size(bench)  # so that at least one KV block is full
-    return long_of(bench, draw(prompts(12)) + block * draw(st.integers(0, 2)), num_choices=num_choices)
+    return long_of(bench, draw(prompts(12)) + block * draw(st.integers(1, 2)), num_choices=num_choices)
 
 
 def long_of(bench: Bench, prompt: list[int], *, num_choices: int | None = None) -> dict[str, Any]:

@@ -96,12 +96,15 @@ async def snapshot(bench: Bench, draw: Draw) -> None:
 
 def snapshot_of(snapshots: Sequence[Snapshot], ranks: Sequence[int], transcripts: Sequence[Transcript] = ()) -> None:
     for one in snapshots:
-        for problem in snapshot_problems(one, ranks):
-            expect(False, problem, *transcripts, code=_snapshot_script(transcripts, ranks))
+        code = _snapshot_script(transcripts, ranks)
+        for problem in type_problems(one, ranks):
+            expect(False, problem, *transcripts, code=code)
+        for problem in range_problems(one):
+            expect(False, problem, *transcripts, code=code, is_should=True)
 
 
-def snapshot_problems(snapshot: Snapshot, ranks: Sequence[int]) -> list[str]:
-    """What is wrong with it: first what the bridge refuses, then what makes no sense."""
+def type_problems(snapshot: Snapshot, ranks: Sequence[int]) -> list[str]:
+    """What the bridge refuses or drops."""
     fields = snapshot.fields
     problems = []
     for name in ("kv_used_blocks", "kv_total_blocks"):
@@ -118,8 +121,14 @@ def snapshot_problems(snapshot: Snapshot, ranks: Sequence[int]) -> list[str]:
                 f"a snapshot is of rank {rank!r}, and component_metrics_dp_ranks declared {list(ranks)}; "
                 "the publisher drops it in silence"
             )
-    if problems:
-        return problems
+    return problems
+
+
+def range_problems(snapshot: Snapshot) -> list[str]:
+    """What makes no sense, of a snapshot whose types are right."""
+    fields = snapshot.fields
+    usage, hit_rate = fields["gpu_cache_usage"], fields.get("kv_cache_hit_rate")
+    problems = []
     used, total = int(fields["kv_used_blocks"]), int(fields["kv_total_blocks"])
     if used > total:
         problems.append(f"a snapshot says that {used} of {total} KV blocks are used")

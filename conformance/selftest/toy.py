@@ -476,7 +476,7 @@ class ToyEngine(LLMEngine):  # type: ignore[misc]
         return self.terminal(work, "cancelled")
 
     async def abort(self, context: Any) -> None:
-        """By id: the context is not the one that `generate` got. Unknown and finished requests are nobody's business."""
+        """By id: the context is not the one that `generate` got. Unknown and finished requests are ignored."""
         with self.lock:
             for work in self.open.get(context.id(), ()):
                 self.abort_work(work)
