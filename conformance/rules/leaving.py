@@ -41,7 +41,8 @@ WAYS = {
     "queued": "aborted while it waited for a slot",
 }
 ONE_ROUND = 6  # requests
-CONFIRM_WITH = 200  # requests in all before growth is called a leak
+CONFIRM_WITH = 2500  # requests before growth is called a leak: what is cut back now and then is none
+_CONFIRM_S = 6.0  # real seconds; fewer requests if they take longer
 _SPACING_S = 0.05
 _confirmed: WeakKeyDictionary[Bench, set[str]] = (
     WeakKeyDictionary()
@@ -194,12 +195,14 @@ async def expect_nothing_left(
     *,
     grows: bool = False,
     tell_apart: bool = False,
+    in_every_way: bool = False,
 ) -> None:
     """
     Requests that end in this way leave nothing in the engine on the bench.
 
-    `grows`: look for growth even if there is a probe. `tell_apart`: each request with a prompt of its own,
-    against as many that are read to their end, which may leave as much in a cache.
+    `grows`: look for growth even if there is a probe. `tell_apart`: each request with a prompt of its own, which
+    may stay in a cache. What grows as well when such requests are read to their end does not count, but `in_every_way`
+    (without `tell_apart`) it does.
     """
     probe = probe_of(bench.engine)
     transcript = await leave(bench, way, request, place)
@@ -207,7 +210,7 @@ async def expect_nothing_left(
     if probe is not None:
         await _expect_probe_clear(bench, probe, way, place, transcript)
     if probe is None or grows:
-        await _expect_no_growth(bench, way, request, place, tell_apart=tell_apart)
+        await _expect_no_growth(bench, way, request, place, tell_apart=tell_apart, in_every_way=in_every_way)
         await _expect_served(bench, way, request, place)
 
 
@@ -248,9 +251,11 @@ async def _until(bench: Bench, is_done: Callable[[], bool]) -> None:
     """Wait for it, in the loop's time and no longer than a cancelled stream may take."""
     if await bench.let_threads_run(is_done, patience_s=0.02):
         return
-    end_s = asyncio.get_running_loop().time() + bench.cancel_within_s
-    while not is_done() and asyncio.get_running_loop().time() < end_s:
-        await bench.let_pass(_SPACING_S)
+    passed_s = 0.0
+    while not is_done() and passed_s < bench.cancel_within_s:
+        pause_s = max(_SPACING_S, passed_s / 2)
+        await bench.let_pass(pause_s)
+        passed_s += pause_s
 
 
 def sizes_of(engine: Any) -> dict[str, int]:
@@ -258,10 +263,11 @@ def sizes_of(engine: Any) -> dict[str, int]:
 
 
 async def _expect_no_growth(
-    bench: Bench, way: str, request: Mapping[str, Any], place: int, *, tell_apart: bool
+    bench: Bench, way: str, request: Mapping[str, Any], place: int, *, tell_apart: bool, in_every_way: bool
 ) -> None:
     last: list[Transcript] = []
     tell_apart = tell_apart and way not in ("whole", "wrong")
+    is_compared = way != "whole" and (tell_apart or not in_every_way)
 
     async def one(this_way: str) -> None:
         mine = copy.deepcopy(dict(request))
@@ -279,7 +285,7 @@ async def _expect_no_growth(
         bench,
         bench.engine,
         lambda: one(way),
-        beside=(lambda: one("whole")) if tell_apart else None,
+        beside=(lambda: one("whole")) if is_compared else None,
         most=30 if way == "queued" else CONFIRM_WITH,
     )
     if not suspects:
@@ -288,7 +294,7 @@ async def _expect_no_growth(
     expect(
         False,
         f"after {count} requests that were {WAYS[way]} (after {place} chunks), {_name(path)} has grown by {size}"
-        + (", and it does not when such requests are read to their end" if tell_apart else "")
+        + (", and it does not when such requests are read to their end" if is_compared else "")
         + "; an engine holds nothing for requests that are over",
         *last,
         code=leave_code(bench, way, last[0].request, place, size_code(path), 40, with_ids=tell_apart),
@@ -310,42 +316,48 @@ async def growing(
     within the deadline for cancelled requests.
     """
     await one()
-    begin: dict[str, int] = sizes_of(engine)
-    suspects: dict[str, tuple[int, int]] | None = None
-    num_calls = 0
+    begin = sizes_of(engine)
+    suspects: set[str] | None = None
+    num_calls, spent_s = 0, 0.0
     confirmed = _confirmed.setdefault(bench, set())
-    for size in (ONE_ROUND, ONE_ROUND, max(most - 2 * ONE_ROUND, ONE_ROUND)):
-        if suspects is not None and size > ONE_ROUND and confirmed & set(suspects):
-            break
-        normal: dict[str, int] = {}
+    for is_last in (False, False, True):
+        size = ONE_ROUND
+        if is_last and suspects is not None:
+            if confirmed & suspects:
+                break
+            size = max(ONE_ROUND, min(most, int(_CONFIRM_S * num_calls / max(spent_s, 1e-6))))
+        normal: set[str] = set()
         if beside is not None:
-            before = sizes_of(engine)
-            for _ in range(min(size, 2 * ONE_ROUND)):
+            before, times = sizes_of(engine), min(size, 2 * ONE_ROUND)
+            for _ in range(times):
                 await beside()
-            normal = {
-                path: growth
-                for path, growth in grown(before, sizes_of(engine)).items()
-                if growth > min(size, 2 * ONE_ROUND) // 4
-            }
-        before = sizes_of(engine)
+            normal = {path for path, growth in grown(before, sizes_of(engine)).items() if growth > times // 4}
+        before, began_s = sizes_of(engine), time.monotonic()
         for _ in range(size):
             await one()
-        num_calls += size
-        found: dict[str, int] = {}
-
-        def is_flat(before: dict[str, int] = before, size: int = size) -> bool:
-            nonlocal found
-            found = {path: growth for path, growth in grown(before, sizes_of(engine)).items() if growth >= 0.75 * size}
-            return not found
-
-        await _until(bench, is_flat)
-        now = {path for path in found if path not in normal and (suspects is None or path in suspects)}
-        after = sizes_of(engine)
-        suspects = {path: (after[path] - begin.get(path, 0), num_calls) for path in now if path in after}
+        num_calls, spent_s = num_calls + size, spent_s + time.monotonic() - began_s
+        suspects = await _what_stays(bench, engine, before, size, normal, suspects)
         if not suspects:
             return {}
     confirmed.update(suspects or ())
-    return suspects or {}
+    after = sizes_of(engine)
+    return {path: (after.get(path, 0) - begin.get(path, 0), num_calls) for path in sorted(suspects or ())}
+
+
+async def _what_stays(
+    bench: Bench, engine: Any, before: dict[str, int], size: int, normal: set[str], suspects: set[str] | None
+) -> set[str]:
+    """Which of the suspects (None: of all there is) grew with `size` calls and did not shrink again in time."""
+    found: set[str] = set()
+
+    def is_flat() -> bool:
+        nonlocal found
+        found = {path for path, growth in grown(before, sizes_of(engine)).items() if growth >= 0.75 * size} - normal
+        found = found if suspects is None else found & suspects
+        return not found
+
+    await _until(bench, is_flat)
+    return found
 
 
 async def _expect_served(bench: Bench, way: str, request: Mapping[str, Any], place: int) -> None:

@@ -202,8 +202,8 @@ def inflight_of(transcript: Transcript, within_s: float, code: str = "") -> None
     num_chunks = len(transcript.chunks) - len(transcript.chunks_after("cleanup"))
     expect(
         not transcript.is_hung,
-        f"cleanup ran while a stream was open (after {num_chunks} chunks), and {within_s:g} s later it had not ended; "
-        "its client waits for ever",
+        f"cleanup ran while a stream was open (after {num_chunks} chunks), and {within_s:g} s later it had not ended "
+        f"({len(transcript.chunks) - num_chunks} more chunks came); end it with a terminal chunk or EngineShutdown",
         transcript,
         code=code,
     )
@@ -402,6 +402,8 @@ async def cleanup_partial(bench: Bench, draw: Draw) -> None:
     if point is None:
         with FailingCalls(engine, number) as calls:
             error = await _start_error(engine)
+        if calls.failed is None and number == 1:
+            raise NotHere("start makes no call that could be made to fail, and the probe has no fault points in it")
         assume(calls.failed is not None)
         where = f"at its call of {calls.failed}"
         code = _partial_code(calls.failed or "", "")
@@ -734,7 +736,7 @@ async def _grown_bytes(bench: Bench, one: Callable[[], Any]) -> tuple[int, int]:
             await one()
         round_s = time.monotonic() - began_s
         # A history of bounded length fills up in the last round, and then stays.
-        last = SOAK_ROUND * max(2, min(36, int(3 / max(round_s, 0.001))))
+        last = SOAK_ROUND * max(2, min(60, int(4 / max(round_s, 0.001))))
         total = count = 0
         for size in (SOAK_ROUND, SOAK_ROUND, 2 * SOAK_ROUND, last, SOAK_ROUND):
             gc.collect()
