@@ -217,6 +217,10 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             while self._num_open():  # noqa: ASYNC110  (requests end on any thread; an Event belongs to one)
                 await asyncio.sleep(_RECORD_INTERVAL_S)
 
+    def conformance_probe(self) -> _Probe:
+        """What requests hold, exactly, for the conformance suite (docs/conformance.md). Dynamo never calls it."""
+        return _Probe(self)
+
     def _num_open(self) -> int:
         """
         Requests that somebody still waits for.
@@ -313,6 +317,26 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 num_threads=threading.active_count(),
             )
         )
+
+
+class _Probe:
+    """Reads counts that other threads may change meanwhile; each is right at some moment."""
+
+    def __init__(self, engine: MockLLMEngine) -> None:
+        self._engine = engine
+
+    def in_use(self) -> dict[str, int]:
+        engine = self._engine
+        if engine._drive is None:
+            return {}
+        scheduler = engine._drive.core.scheduler
+        return {
+            "requests": len(engine._open),
+            "streams": len(engine._drive.streams),
+            "running": scheduler.num_running,
+            "waiting": len(scheduler.waiting),
+            "kv_blocks": scheduler.blocks.num_used,
+        }
 
 
 def _usage(stream: Stream, num_sent: int) -> dict[str, Any]:
