@@ -238,7 +238,9 @@ async def no_state(bench: Bench, draw: Draw) -> None:
     for way in ways:
         # Before the first read there is nothing to drop.
         here = max(place, 1) if way in ("drop", "drop and abort", "aclose") else place
-        await expect_nothing_left(bench, way, request, here, grows=bench.is_virtual, tell_apart=tell_apart, in_every_way=True)
+        await expect_nothing_left(
+            bench, way, request, here, grows=bench.is_virtual, tell_apart=tell_apart, in_every_way=True
+        )
 
 
 def _can_be_filled(bench: Bench) -> bool:

@@ -200,9 +200,9 @@ async def expect_nothing_left(
     """
     Requests that end in this way leave nothing in the engine on the bench.
 
-    `grows`: look for growth even if there is a probe, which is exact about what it counts. `tell_apart`: each request with a prompt of its own, which
-    may stay in a cache. What grows as well when such requests are read to their end does not count, but `in_every_way`
-    (without `tell_apart`) it does.
+    `grows`: look for growth even if there is a probe, which is exact about what it counts. `tell_apart`: each
+    request with a prompt of its own, which may stay in a cache. What grows as well when such requests are read to
+    their end does not count, but `in_every_way` (without `tell_apart`) it does.
     """
     probe = probe_of(bench.engine)
     transcript = await leave(bench, way, request, place)
