@@ -27,4 +27,4 @@ def test_the_mock_engine_keeps_every_rule(driver, engine_args):
     broken = {verdict.rule.id: verdict.finding.message for verdict in verdicts if verdict.outcome is Outcome.FAILED}
     assert not broken
     num_passed = sum(verdict.outcome is Outcome.PASSED for verdict in verdicts)
-    assert num_passed >= (30 if driver == "worker" else 60)
+    assert num_passed >= (20 if driver == "worker" else 60)

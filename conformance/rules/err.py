@@ -219,8 +219,8 @@ async def recover(bench: Bench, draw: Draw) -> None:
     places = bench.facts.numbers.get("max_num_seqs")
     most = min(places if isinstance(places, int) else 4, 8)
     faults = request_faults(bench)
-    wrong = draw(st.lists(wrong_request(bench), min_size=1, max_size=3))
-    point = draw(st.sampled_from(["", *faults]))
+    wrong = draw(st.lists(wrong_request(bench), min_size=1, max_size=5))
+    point = draw(st.just("") | st.sampled_from(faults)) if faults else ""
     engine = await bench.make_started() if point else None
     asked: list[tuple[Transcript, str]] = []
     for i in range(most):

@@ -10,6 +10,7 @@ import asyncio
 import copy
 import gc
 import inspect
+import itertools
 import subprocess
 import threading
 import time
@@ -339,11 +340,12 @@ class FailingCalls:
     """
     Lets the n-th call fail that `start` makes: of the engine's own methods, or to start a thread, task or process.
 
-    `failed` says which one it was, None if there were not so many.
+    `failed` says which one it was, None if there were not so many; `num_of_kind` counts only calls of the same.
     """
 
     def __init__(self, engine: Any, number: int) -> None:
         self.failed: str | None = None
+        self.num_of_kind = 0
         self._engine = engine
         self._left = number
         self._thread = threading.get_ident()
@@ -372,12 +374,14 @@ class FailingCalls:
     def _replace(self, owner: Any, name: str, said: str) -> None:
         original = getattr(owner, name)
         own = vars(owner).get(name, self) if hasattr(owner, "__dict__") else self
+        numbers = itertools.count(1)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._is_on and threading.get_ident() == self._thread:
                 self._left -= 1
+                number = next(numbers)
                 if self._left == 0:
-                    self.failed = said
+                    self.failed, self.num_of_kind = said, number
                     for arg in args:
                         if inspect.iscoroutine(arg):
                             arg.close()
@@ -406,12 +410,12 @@ async def cleanup_partial(bench: Bench, draw: Draw) -> None:
             raise NotHere("start makes no call that could be made to fail, and the probe has no fault points in it")
         assume(calls.failed is not None)
         where = f"at its call of {calls.failed}"
-        code = _partial_code(calls.failed or "", "")
+        code = _partial_code("", calls.failed or "", calls.num_of_kind)
     else:
         probe_of(engine).inject(point)
         error = await _start_error(engine)
         where = f"at {point}"
-        code = _partial_code("", point)
+        code = _partial_code(point)
     what = f"after a start that failed {where} ({error!r})" if error else f"after a fault in start {where}"
     await clean(bench, engine, what, code)
     left = await still_held(before)
@@ -443,9 +447,9 @@ _HELD_LINES = (
 )
 
 
-def _partial_code(call: str, point: str) -> str:
+def _partial_code(point: str, call: str = "", number: int = 0) -> str:
     if point:
-        fails, undo = f"engine.conformance_probe().inject({point!r})", ""
+        fails, undo = [f"engine.conformance_probe().inject({point!r})"], ""
     else:
         owner = {
             "loop.create_task": "loop",
@@ -453,23 +457,27 @@ def _partial_code(call: str, point: str) -> str:
             "subprocess.Popen.__init__": "subprocess.Popen",
         }.get(call, "engine")
         name = call.rpartition(".")[2]
-        fails = f"usual, {owner}.{name} = {owner}.{name}, fail"
+        fails = [
+            *(["import subprocess"] if owner == "subprocess.Popen" else []),
+            f"usual, numbers = {owner}.{name}, iter(range(1, 100_000))",
+            "def fails_once(*args, **kwargs):",
+            f"    if next(numbers) == {number}: raise RuntimeError('injected')",
+            "    return usual(*args, **kwargs)",
+            f"{owner}.{name} = fails_once",
+        ]
         undo = f"{owner}.{name} = usual"
     return "\n".join(
         [
             *_HELD_LINES,
-            "import subprocess",
             "engine, _ = await Engine.from_args(ARGV)",
             "loop, before = asyncio.get_running_loop(), held()",
-            "def fail(*_, **__): raise RuntimeError('injected')",
-            fails,
+            *fails,
             "try: await engine.start(1)",
             "except Exception as error: print('start:', repr(error))",
             *([undo] if undo else []),
             "await engine.cleanup()",
             "await asyncio.sleep(0.5)",
-            "left = held()",
-            "assert len(left) <= len(before), (left, before)",
+            "assert len(left := held()) <= len(before), (left, before)",
         ]
     )
 
