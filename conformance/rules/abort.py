@@ -95,7 +95,7 @@ def _by_id_code(transcript: Transcript) -> str:
             f"    async for chunk in engine.generate({as_code(transcript.request)}, context=context):",
             "        chunks.append(chunk)",
             "asked = asyncio.ensure_future(ask())",
-            f"while len(chunks) < {place}: await asyncio.sleep(0.001)",
+            f"while len(chunks) < {place} and not asked.done(): await asyncio.sleep(0.001)",
             "await asyncio.sleep(0.001)",
             "await engine.abort(Context('r1'))  # another object, the same id",
             "await asyncio.wait_for(asked, 10)",

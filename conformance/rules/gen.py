@@ -75,6 +75,8 @@ def terminal_once_of(transcript: Transcript) -> None:
             shows="len(chunks) < 2 or not any(chunk.get('finish_reason') for chunk in chunks)",
         )
         return
+    if transcript.was_let_go and not terminals:
+        return  # Dynamo did not want to hear the end of a stopped stream
     expect(
         terminals == [num_chunks - 1],
         f"finish_reason is on chunks {terminals} of {num_chunks}; it belongs on the last one and on no other",
@@ -528,7 +530,7 @@ def _client_errors() -> tuple[type[BaseException], ...]:
 async def usage_present(bench: Bench, draw: Draw) -> None:
     transcript = await bench.answer(draw(requests()), stop_after=draw(st.none() | st.integers(0, 3)))
     expect(
-        isinstance(transcript.last.get("completion_usage"), Mapping),
+        isinstance(transcript.last.get("completion_usage"), Mapping) or transcript.was_let_go,
         "the terminal chunk has no completion_usage; clients see no token counts",
         transcript,
         shows="isinstance(chunks[-1].get('completion_usage'), dict)",
@@ -637,7 +639,7 @@ async def sparse_request(bench: Bench, draw: Draw) -> None:
     request |= draw(st.dictionaries(st.sampled_from(["zzz_unknown", "new_in_some_release"]), st.none() | st.just({})))
     transcript = await bench.talk(request, stop_after=6)
     expect(
-        transcript.error is None and transcript.terminals,
+        transcript.error is None and (transcript.terminals or transcript.was_let_go),
         f"a request with only {sorted(request)} gave {_outcome(transcript)}; absent groups, unknown keys are normal",
         transcript,
         shows="chunks[-1].get('finish_reason')",
