@@ -11,6 +11,7 @@ happens between two reads, so every run of a seed does the same.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -70,9 +71,12 @@ class Stream:
 
     @property
     def is_stepping(self) -> bool:
-        """Whether a task for the next chunk exists now; a moment later it is inside the engine."""
+        """Whether the engine is at work on the next chunk: its task has begun, and waits for something."""
         task = self._reader.task if self._reader is not None else None
-        return task is not None and not task.done()
+        if task is None or task.done():
+            return False
+        step = task.get_coro()
+        return inspect.iscoroutine(step) and inspect.getcoroutinestate(step) == inspect.CORO_SUSPENDED
 
     def stop(self) -> None:
         """`context.stop_generating()`, and nothing else: the engine has to see it by itself."""

@@ -189,7 +189,7 @@ def _nested_code(transcript: Transcript, place: int) -> str:
 @check("drop.task_cancel", in_process=True)
 async def task_cancel(bench: Bench, draw: Draw) -> None:
     request = long_request(bench, draw)
-    place = 0 if gives_one_chunk(bench) else draw(st.integers(0, 4))
+    place = 0 if gives_one_chunk(bench) else draw(st.just(0) | st.integers(0, 4))
     transcript = await leave(bench, "cancel", request, place)
     assume(transcript.of_kind("cancel"))
     task_cancel_of(transcript, place)

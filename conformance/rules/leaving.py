@@ -44,6 +44,7 @@ ONE_ROUND = 6  # requests
 CONFIRM_WITH = 2500  # requests before growth is called a leak: what is cut back now and then is none
 _CONFIRM_S = 6.0  # real seconds; fewer requests if they take longer
 _SPACING_S = 0.05
+_STEP_SHOWS_S = 0.03  # real seconds; a step that waits for anything is seen by then
 _confirmed: WeakKeyDictionary[Bench, set[str]] = (
     WeakKeyDictionary()
 )  # what grew over many requests once; seen again, few do
@@ -166,12 +167,11 @@ async def leave(bench: Bench, way: str, request: Mapping[str, Any], place: int, 
         case "cancel":
             stream = await opened(request)
             if await stream.wait_chunks(place, within_s):
-                end_s = time.monotonic() + 1.0
+                end_s = time.monotonic() + max(_STEP_SHOWS_S, 3 * bench.facts.gap_s)
                 while not (stream.is_over or stream.is_stepping) and time.monotonic() < end_s:  # noqa: ASYNC110
                     await asyncio.sleep(0)  # a step begins on another thread
-                for _ in range(3):  # one that has not begun would be cancelled without the engine's knowing
-                    await asyncio.sleep(0)
-                stream.cancel_step()
+                if not stream.cancel_step():
+                    stream.stop()  # its chunks are there before they are asked for: no step to cancel
         case "queued":
             fillers = await fill(bench, engine, bench.cancel_within_s + 1)
             stream = await opened(request)
