@@ -7,8 +7,8 @@ How Dynamo's Rust worker drives a Python engine, in pure Python.
 
 Observed on ai-dynamo 1.2.1 to 1.6.1, and what `async for` does not show:
 
-* `__anext__` is called on a thread without an event loop, and what it returns
-  runs on the loop in a new Task each time.
+* `generate` and `__anext__` are called on a thread without an event loop; what
+  `__anext__` returns runs on the loop in a new Task each time.
 * A stream is never closed. When nobody wants it any more its last reference
   is dropped, on a thread without an event loop.
 * Reading stops at the first chunk with a `finish_reason`.
@@ -39,7 +39,8 @@ class BridgeStream:
         self._engine = engine
         self.context = context
         self._reads_on = reads_on
-        self._held = [engine.generate(request, context=context)]
+        self._request: Mapping[str, Any] | None = request
+        self._held: list[Any] = []
         self._is_over = False
         self.task: asyncio.Task[Any] | None = None  # the step that runs now
 
@@ -47,7 +48,7 @@ class BridgeStream:
         """The next chunk; None after the terminal one, where the real adapter stops reading."""
         if self._is_over:
             return None
-        step = await on_foreign_thread(lambda: self._held[0].__anext__())
+        step = await on_foreign_thread(self._next_step)
         self.task = asyncio.get_running_loop().create_task(_run(step))
         del step  # it holds the stream
         try:
@@ -59,6 +60,12 @@ class BridgeStream:
             self.task = None
         self._is_over = not self._reads_on and isinstance(chunk, Mapping) and bool(chunk.get("finish_reason"))
         return chunk
+
+    def _next_step(self) -> Any:
+        if self._request is not None:
+            self._held.append(self._engine.generate(self._request, context=self.context))
+            self._request = None
+        return self._held[0].__anext__()
 
     async def abort(self) -> None:
         """Stop the request, and tell the engine so, as an explicit cancel or a noticed disconnect does."""

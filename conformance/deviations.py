@@ -22,8 +22,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-ROLES = ("agg", "prefill", "decode", "encode")
-DRIVERS = ("plain", "bridge", "worker")
+from conformance.settings import DRIVERS, ROLES
+
 _CHOICES = {"role": ROLES, "driver": DRIVERS}
 _KEYS = ("reason", "example", *_CHOICES)
 _EXAMPLE = re.compile(r"(\d+(?:\.\w+)+):([A-Za-z0-9+/=_-]+)", re.ASCII)

@@ -83,8 +83,9 @@ def _talk(used: set[str]) -> list[str]:
     lines = [
         f"async def talk(engine, request_id, request{keywords}):",
         "    context, chunks, foreign = Context(request_id), [], ThreadPoolExecutor(1)",
-        "    held = [engine.generate(request, context=context)]  # called and dropped off the loop, as Dynamo does",
+        "    off_loop, held = asyncio.get_running_loop().run_in_executor, []  # where Dynamo calls and drops",
         "    try:",
+        "        await off_loop(foreign, lambda: held.append(engine.generate(request, context=context)))",
         "        while not (chunks and chunks[-1].get('finish_reason')):",
     ]
     if "stop" in used or "abort" in used:
@@ -96,7 +97,7 @@ def _talk(used: set[str]) -> list[str]:
         lines.append("            if len(chunks) == drop: break")
     return [
         *lines,
-        "            step = await asyncio.get_running_loop().run_in_executor(foreign, held[0].__anext__)",
+        "            step = await off_loop(foreign, held[0].__anext__)",
         "            chunks.append(await asyncio.wait_for(step, 10)); print(request_id, chunks[-1])",
         "    except (Exception, asyncio.CancelledError) as error:",
         "        print(request_id, repr(error)); chunks.append({'raised': repr(error)})",

@@ -35,7 +35,7 @@ from conformance.release import dynamo_version
 from conformance.reproducer import reproducing_script
 from conformance.rules import UNCHECKABLE, Check, checks
 from conformance.runner_errors import NotHere
-from conformance.settings import SuiteError
+from conformance.settings import ROLES, SuiteError
 from conformance.transcript import Violation
 from conformance.verdict import Finding, Outcome, Verdict
 
@@ -44,7 +44,7 @@ FEWEST_EXAMPLES = 8
 _REAL_S = 1.5  # in real time, about so long for the examples of a rule
 _SHRINKING_S = 20  # real seconds; Hypothesis itself would take up to 300
 _BLOB = re.compile(r"@reproduce_failure\('([^']+)', b'([^']*)'\)")
-_APPLIES_TO_ROLES = frozenset({"agg", "decode", "prefill", "encode"})
+_APPLIES_TO_ROLES = frozenset(ROLES)
 
 
 @dataclass

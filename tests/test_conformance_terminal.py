@@ -16,7 +16,7 @@ from conformance.deviations import Deviation, read_deviations
 from conformance.terminal_summary import format_finding, print_capabilities, print_summary
 from conformance.verdict import Finding, Outcome, Subject
 from conformance.verdict_text import BROKEN, COUNT_TITLES, TITLES, message_of, one_line, printable, verdict_line
-from tests.test_conformance_report import FINDINGS, HOSTILE, RUNS, all_texts, counts_of, example_run, verdicts
+from tests.helpers.verdicts import FINDINGS, HOSTILE, RUNS, all_texts, counts_of, example_run, verdicts
 
 QUICK = settings(max_examples=60, deadline=None)
 RUN = example_run()

@@ -619,7 +619,8 @@ def test_whatever_the_clients_do_everything_comes_back_and_who_stays_is_served(m
                         await asyncio.wait([client.pending])
                 elif move == "aclose" and client.pending is None:
                     clients.remove(client)
-                    await client.stream._held[0].aclose()
+                    for held in client.stream._held:  # nothing before the first read
+                        await held.aclose()
                     await client.stream.drop()
                 check_blocks(engine._drive.core)
             for client in clients:
@@ -842,7 +843,7 @@ def corrupt_tokenizer(folder: Path):
         (["--no-enable-chunked-prefill", "--max-num-batched-tokens", "9"], "or enable chunked prefill"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(getattr(one, "__name__", one) for one in value),
 )
 def test_a_wrong_flag_is_one_line_on_stderr_and_status_2(argv, message, tmp_path, capsys):
     argv = [str(word(tmp_path)) if callable(word) else word for word in argv]

@@ -810,7 +810,10 @@ async def step_per_task(bench: Bench, draw: Draw) -> None:
 
     plain, transcript = await read("plain"), await read("bridge")
     assume(plain.error is None and not plain.is_hung)  # other rules say so
-    why = "no ContextVar, asyncio.timeout, TaskGroup or cancel scope lives across a yield"
+    why = (
+        "no ContextVar, asyncio.timeout, TaskGroup or cancel scope lives across a yield, and generate itself is called "
+        "where no event loop runs"
+    )
     expect(
         not transcript.is_hung and transcript.error is None and transcript.terminals,
         f"read by one task the stream gave {_outcome(plain)}; with a new task for every step it "

@@ -813,6 +813,13 @@ class DefaultInContextVar(ToyEngine):
         return super().next_token(work) + _language.get()
 
 
+@mutant("gen.step_per_task", "generate is no generator function, and asks for the running loop")
+class LoopAtTheCall(ToyEngine):
+    def generate(self, request: Mapping[str, Any], context: Any) -> AsyncGenerator[Any, None]:
+        self.asked_on = asyncio.get_running_loop()
+        return super().generate(request, context)
+
+
 @mutant("gen.step_per_task", "a ContextVar is reset after a yield")
 class ContextVarIsReset(ToyEngine):
     async def generate(self, request: Mapping[str, Any], context: Any) -> AsyncGenerator[Any, None]:
