@@ -28,6 +28,7 @@ from mock_engine.bench_results import find_commit
 _ROOT = Path(__file__).resolve().parent.parent
 _SAMPLE = "dynamo.common.backend.sample_engine:SampleLLMEngine"
 _TOKENSPEED = "tests.engines.tokenspeed_stub:TokenSpeedEngine"
+_TORCH = "tests.engines.tiny_torch:TinyTorchEngine"
 _ARGUMENTS_FILE = Path(__file__).with_name("conformance_arguments.toml")
 _LIMIT_S = 60
 
@@ -45,6 +46,7 @@ class Subject:
 _SUBJECTS = (
     *(Subject(f"SampleLLMEngine, {role}", _SAMPLE, role) for role in ("agg", "prefill", "decode", "encode")),
     Subject("TokenSpeed's engine over a stand-in for its native part, agg", _TOKENSPEED, "agg", (1, 6)),
+    Subject("A small transformer with random weights on torch and the CPU, agg", _TORCH, "agg"),
 )
 
 
@@ -92,7 +94,6 @@ def run_script(python: str, script: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-
     return {**os.environ, "PYTHONPATH": str(_ROOT), "PYTHONWARNINGS": "ignore"}
 
 
@@ -126,7 +127,7 @@ def collect(pythons: list[str], subject: Subject) -> tuple[dict[str, Case], dict
 
 
 def main() -> int:
-
+    """Run all, write the page, and say what is not argued."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -140,7 +141,7 @@ def main() -> int:
     for subject in _SUBJECTS:
         cases, held = collect(flags.python or [sys.executable], subject)
         name = subject.engine.partition(":")[2]
-        argued = arguments[name]
+        argued = arguments.get(name, {})
         faults += [f"{subject.title}: {rule_id} is not argued" for rule_id in cases.keys() - argued.keys()]
         unused -= {(name, rule_id) for rule_id in cases}
         sections.append(_section(subject, cases, held, argued))
@@ -153,7 +154,8 @@ Commit {find_commit()}, Python {platform.python_version()}; driver bridge, Hypot
 hand and is argued from the contract; "shown by" is the last line of the reproducing script, run on its own.
 SampleLLMEngine is NVIDIA's reference (`dynamo/common/backend/sample_engine.py`). TokenSpeed's engine is Dynamo's
 (`dynamo/tokenspeed`); its native part cannot be installed here and is a stand-in of ours
-(`tests/engines/tokenspeed_stub.py`), so findings that depend on what the native part does say so.
+(`tests/engines/tokenspeed_stub.py`), so findings that depend on what the native part does say so. The last engine is
+ours, but a real one: its times are those of torch, in real time on a thread (`tests/engines/tiny_torch.py`).
 """
     flags.out.write_text("\n".join([head, *sections]), encoding="utf-8")
     for fault in faults:

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="the small real engine is written with torch")
 
 from conformance.bridge import BridgeStream  # noqa: E402
+from conformance.catalogue import load_catalogue  # noqa: E402
 from conformance.context import RequestContext  # noqa: E402
+from conformance.selftest.kill import verdicts_of  # noqa: E402
+from conformance.settings import SuiteSettings  # noqa: E402
+from conformance.verdict import Outcome  # noqa: E402
 from tests.engines.tiny_torch import EngineShutdown, InvalidArgument, TinyTorchEngine, TinyTransformer  # noqa: E402
 from tests.helpers.jumping_loop import run  # noqa: E402
 
@@ -207,3 +211,10 @@ def test_a_wrong_flag_exits_with_status_2():
     with pytest.raises(SystemExit) as caught:
         asyncio.run(TinyTorchEngine.from_args(["--no-such-flag"]))
     assert caught.value.code == 2
+
+
+def test_the_conformance_suite_finds_nothing():
+    suite = SuiteSettings("tests.engines.tiny_torch:TinyTorchEngine", max_examples=3, seed=1)
+    verdicts = list(verdicts_of(suite, load_catalogue().values()))
+    assert {each.rule.id: each.finding.message for each in verdicts if each.finding is not None} == {}
+    assert sum(each.outcome is Outcome.PASSED for each in verdicts) >= 70

@@ -227,8 +227,9 @@ class TinyTorchEngine(backend.LLMEngine):
     async def start(self, worker_id: int) -> Any:
         del worker_id
         loaded: Future[None] = Future()
-        self._thread = threading.Thread(target=self._serve, args=(loaded,), name="tiny-torch", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._serve, args=(loaded,), name="tiny-torch", daemon=True)
+        thread.start()
+        self._thread = thread  # one that did not start cannot be joined
         try:
             await asyncio.wrap_future(loaded)
         except Exception as error:
@@ -296,6 +297,9 @@ class TinyTorchEngine(backend.LLMEngine):
         temperature = options.get("temperature")
         if temperature is not None and not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
             raise InvalidArgument(f"temperature is {temperature!r}; it is a number, 0 or more")
+        num_top_logprobs, prompt_logprobs = parse_logprob_options(request.get("output_options") or {})
+        if prompt_logprobs is not None:
+            raise InvalidArgument("this engine has no prompt_logprobs")
         seed = _whole(options, "seed", random.getrandbits(63), lowest=-(2**64)) % 2**63
         sampling = Sampling(
             max_tokens=min(_whole(stop, "max_tokens", room), room),
@@ -304,7 +308,7 @@ class TinyTorchEngine(backend.LLMEngine):
             eos_token_ids=frozenset(() if ignore_eos else request.get("eos_token_ids") or ()),
             temperature=1.0 if temperature is None else temperature,
             seed=seed,
-            num_top_logprobs=parse_logprob_options(request.get("output_options") or {})[0],
+            num_top_logprobs=num_top_logprobs,
         )
         loop = asyncio.get_running_loop()
         generator = torch.Generator().manual_seed(seed)
