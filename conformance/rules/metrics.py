@@ -140,6 +140,7 @@ def range_problems(snapshot: Snapshot) -> list[str]:
 
 def _snapshot_script(transcripts: Sequence[Transcript], ranks: Sequence[int]) -> str:
     talks = ", ".join(as_code(dict(transcript.request)) for transcript in transcripts)
+    hold_s = 0.3 if all(len(transcript.chunks) <= 1 for transcript in transcripts) else 0  # else it is over at once
     return f"""\
 from dynamo._core import Context
 class Publisher:
@@ -150,7 +151,8 @@ snapshots, engine = [], (await Engine.from_args(ARGV))[0]
 await engine.start(1)
 for source in await engine.kv_event_sources(): source.on_ready(Publisher())
 engine.attach_snapshot_publisher(Publisher())
-async def talk(i, request): return [chunk async for chunk in engine.generate(request, context=Context(f"r{{i}}"))]
+async def talk(i, request):
+    async for _ in engine.generate(request, context=Context(f"r{{i}}")): await asyncio.sleep({hold_s})
 talks = asyncio.gather(*(talk(i, request) for i, request in enumerate([{talks}])))
 for _ in range(200): await asyncio.sleep(0); __import__("time").sleep(0.001)  # the requests are under way
 await talks; await asyncio.sleep(1); await engine.cleanup()
