@@ -24,6 +24,7 @@ from conformance.catalogue import LEVELS, Rule, load_catalogue, select
 from conformance.deviations import Deviation, judge, parse_example, read_deviations
 from conformance.facts import Facts, find_facts
 from conformance.release import dynamo_version
+from conformance.reproducer import runs_through
 from conformance.rules import AREAS
 from conformance.runner import judge_rule
 from conformance.settings import SuiteError, SuiteSettings
@@ -35,6 +36,8 @@ CATALOGUE = Path(__file__).with_name("catalogue.csv")
 MARKERS = ("conformance", *(level.lower() for level in LEVELS), *AREAS)
 _PROPERTY = "conformance_verdict"
 _FIRST_SUITE = "0.1"
+_QUICK_START_S = 5.0  # seconds; scripts are not tried on an engine that takes longer to start
+_SCRIPT_WITHIN_S = 20.0
 
 
 def suite_version() -> str:
@@ -133,7 +136,19 @@ class Suite:
             verdict = judge_rule(self._bench, rule, example=example)
         finally:
             self._bench.renew()
-        return self._weighed(verdict, deviation)
+        return self._weighed(self._with_tried_script(verdict), deviation)
+
+    def _with_tried_script(self, verdict: Verdict) -> Verdict:
+        """A script that does not show what it is for says so; where the engine starts quickly, that is found out."""
+        finding = verdict.finding
+        if finding is None or not finding.script or self.facts.start_s > _QUICK_START_S or self.example:
+            return verdict
+        if not runs_through(finding.script, _SCRIPT_WITHIN_S):
+            return verdict
+        message = (
+            f"{finding.message} (the script below ran through when it was tried: it takes luck, or what went before)"
+        )
+        return dataclasses.replace(verdict, finding=dataclasses.replace(finding, message=message))
 
     def _weighed(self, verdict: Verdict, deviation: Deviation | None) -> Verdict:
         is_broken = verdict.outcome is Outcome.FAILED
@@ -185,6 +200,8 @@ class Suite:
         run = self.run()
         terminalreporter.section(f"conformance of {self.settings.engine}")
         terminalreporter.write(_rendered(terminalreporter, lambda console: print_summary(run, console)))
+        if not self.facts.starts:
+            terminalreporter.write_line(f"the engine does not start: {self.facts.problem}", red=True)
         if self.report_folder is not None:
             for path in write_report(run, self.report_folder):
                 terminalreporter.write_line(f"wrote {path}")
@@ -194,9 +211,17 @@ class Suite:
         kept = tuple(self.verdicts[rule_id] for rule_id in self.catalogue if rule_id in self.verdicts)
         return SuiteRun(self.subject, kept, time.perf_counter() - self.began_s)
 
-    def pytest_sessionfinish(self) -> None:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A run that looked at no rule is no success, and neither is one of an engine that does not start."""
         if self._bench is not None:
             self._bench.close()
+        if self.is_worker or session.exitstatus != pytest.ExitCode.OK:
+            return
+        if not self.facts.starts:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        elif not any(each.outcome not in (Outcome.SKIPPED, Outcome.UNCHECKED) for each in self.verdicts.values()):
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 class StaleDeviation(Exception):

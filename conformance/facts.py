@@ -13,7 +13,6 @@ import asyncio
 import copy
 import dataclasses
 import inspect
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import pairwise
@@ -59,6 +58,7 @@ class Facts:
     capabilities: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> "yes ..." or "no: why"
     routes_to_encoder: bool = False
     problem: str = ""  # why the dry run could not be finished
+    starts: bool = True  # False: `from_args` or `start` is where it ended
 
     def has(self, capability: str) -> bool:
         return self.capabilities.get(capability, "").startswith("yes")
@@ -84,7 +84,8 @@ def find_facts(settings: SuiteSettings) -> Facts:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        return Facts(role=settings.role or "agg", argv=tuple(argv), problem=f"from_args: {_said(error)}")
+        problem = f"from_args: {_said(error)}"
+        return Facts(role=settings.role or "agg", argv=tuple(argv), problem=problem, starts=False)
     facts = Facts(role=role, argv=tuple(argv))
     if role == "decode":
         facts = dataclasses.replace(facts, prefill_argv=asyncio.run(_argv_of_peer(engine_class, argv, "prefill")))
@@ -95,7 +96,8 @@ def find_facts(settings: SuiteSettings) -> Facts:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        return dataclasses.replace(facts, problem=_said(error))
+        starts = not isinstance(error, _DoesNotStart)
+        return dataclasses.replace(facts, problem=_said(error) if starts else str(error), starts=starts)
     return dataclasses.replace(facts, clock=_choose_clock(settings, engine_class, facts, real))
 
 
@@ -143,7 +145,10 @@ async def _dry_run(engine_class: Any, facts: Facts) -> tuple[_Signs, Facts]:
     engine, config = await engine_class.from_args(list(facts.argv))
     began_s = time.monotonic()
     try:
-        engine_config = await engine.start(0)
+        try:
+            engine_config = await engine.start(0)
+        except (Exception, SystemExit) as error:
+            raise _DoesNotStart(f"start: {_said(error)}") from error
         start_s = time.monotonic() - began_s
         facts = dataclasses.replace(facts, start_s=start_s, numbers=config_numbers(engine_config))
         facts = dataclasses.replace(facts, routes_to_encoder=bool(getattr(config, "route_to_encoder", False)))
@@ -174,6 +179,10 @@ async def _dry_run(engine_class: Any, facts: Facts) -> tuple[_Signs, Facts]:
         )
     finally:
         await engine.cleanup()
+
+
+class _DoesNotStart(Exception):
+    """With what `start` raised."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -298,7 +307,6 @@ async def _capabilities(engine_class: Any, engine: Any, facts: Facts, logprobs: 
             else "no: no engine of the other role"
         ),
         "encoder": "yes" if facts.routes_to_encoder else "no: route_to_encoder is not set",
-        "threads": "yes" if any(t.name != "MainThread" for t in threading.enumerate()) else "no",
     }
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -145,6 +147,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     from conformance.collection import CATALOGUE, MARKERS, Suite
 
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # the script `pytest`, unlike `python -m pytest`, leaves it out
     if "pytest_conformance" not in (name for name, _ in config.pluginmanager.list_name_plugin()):
         config.pluginmanager.register(Suite(config, _settings(config), _given), "pytest_conformance")
     for marker in MARKERS:

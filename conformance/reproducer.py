@@ -8,6 +8,9 @@ only the lines that its requests need.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +56,23 @@ def reproducing_script(
     else:
         return ""
     return "\n".join([*head, *made, "asyncio.run(main())"]) + "\n"
+
+
+def runs_through(script: str, within_s: float) -> bool:
+    """Whether it ends without an error, in a process of its own that finds the same modules."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=within_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def _conversation(module: str, name: str, facts: Facts, transcripts: list[Transcript], shows: str) -> list[str]:

@@ -7,8 +7,10 @@ One rule, held against one engine: draws examples, shrinks what fails, says a ve
 
 from __future__ import annotations
 
+import base64
 import re
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +46,7 @@ FEWEST_EXAMPLES = 8
 _REAL_S = 1.5  # in real time, about so long for the examples of a rule
 _SHRINKING_S = 20  # real seconds; Hypothesis itself would take up to 300
 _BLOB = re.compile(r"@reproduce_failure\('([^']+)', b'([^']*)'\)")
+_BEFORE_REQUESTS = frozenset({"args", "sig", "start"})  # areas that say something of an engine that does not start
 _APPLIES_TO_ROLES = frozenset(ROLES)
 
 
@@ -76,7 +79,7 @@ def judge_rule(bench: Bench, rule: Rule, *, example: tuple[str, str] | None = No
         _try_examples(bench, rule, check, tries, example, shrinks)
     except NotHere as error:
         return Verdict(rule, Outcome.SKIPPED, str(error), seconds=time.perf_counter() - began_s)
-    except (HypothesisException, BaseExceptionGroup, Exception) as error:
+    except (HypothesisException, BaseExceptionGroup, Exception, SystemExit) as error:
         if isinstance(error, HypothesisException) and tries.failure is None:
             return _without_failure(rule, tries, error, example)
         finding = _finding(bench, rule, tries, error)
@@ -95,16 +98,32 @@ def _without_failure(rule: Rule, tries: _Tries, error: HypothesisException, exam
     if example is not None and isinstance(error, DidNotReproduce):
         return Verdict(rule, Outcome.PASSED, num_examples=tries.num)
     if example is not None and isinstance(error, InvalidArgument):
+        if example[0] == hypothesis.__version__ and not _is_blob(example[1]):
+            raise SuiteError(
+                f"{rule.id}: the example {example[1]!r} cannot be read; copy it whole, as it was printed"
+            ) from None
         raise SuiteError(
             f"{rule.id}: the pinned example was made by Hypothesis {example[0]}, and this is "
             f"{hypothesis.__version__}, or the check has changed since; run without it and pin the new one."
         ) from None
     if isinstance(error, Unsatisfiable | FailedHealthCheck):
-        return Verdict(rule, Outcome.SKIPPED, f"no example could be tried: {error}", num_examples=tries.num)
+        reason = f"none of {tries.num} examples came to what the rule is about"
+        return Verdict(rule, Outcome.SKIPPED, reason, num_examples=tries.num)
     if isinstance(error, Flaky):
         reason = f"what could be tried depended on the engine's timing, and differed when it was tried again: {error}"
         return Verdict(rule, Outcome.SKIPPED, reason, num_examples=tries.num)
     raise error
+
+
+def _is_blob(text: str) -> bool:
+    """Whether it is as Hypothesis writes it: base64, and compressed or not, as its first byte says."""
+    try:
+        data = base64.b64decode(text, validate=True)
+        if data[:1] == b"\1":
+            zlib.decompress(data[1:])
+    except (ValueError, zlib.error):
+        return False
+    return data[:1] in (b"\0", b"\1")
 
 
 def why_not(bench: Bench, rule: Rule, check: Check) -> str:
@@ -122,6 +141,8 @@ def why_not(bench: Bench, rule: Rule, check: Check) -> str:
             return facts.capabilities.get(capability, f"no: {facts.problem or 'nothing is known of it'}")
     if settings.driver == "worker" and check.in_process:
         return "looks at the engine object, which the worker driver has in another process; --engine-driver bridge does"
+    if not facts.starts and rule.area not in _BEFORE_REQUESTS:
+        return f"the engine does not start: {facts.problem}"
     if facts.problem and check.needs_engine:
         return f"the dry run failed: {facts.problem}"
     return ""
@@ -162,7 +183,7 @@ def _try_examples(
                 raise
             except NotHere:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 tries.failure = error
                 tries.transcripts = list(bench.transcripts)
                 raise

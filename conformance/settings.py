@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import isabstract
 from typing import Any, Literal
 
 from conformance.streams import DriverName
@@ -43,15 +44,24 @@ class SuiteSettings:
             raise SuiteError(f"--engine is {self.engine!r}; it must be MODULE:CLASS, such as my_pkg.engine:MyEngine")
         try:
             module = import_module(module_name)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
+            missing = str(error.name)
+            advice = "Run pytest where Python finds it, or install it."
+            if not f"{module_name}.".startswith(f"{missing}."):
+                advice = f"It is {module_name} that imports {missing!r}; install what that needs."
+            raise SuiteError(f"--engine {self.engine}: cannot import {module_name!r} ({error}). {advice}") from error
+        except Exception as error:
             raise SuiteError(
-                f"--engine {self.engine}: cannot import {module_name!r} ({error}). "
-                "Run pytest where Python finds it, or install it."
+                f"--engine {self.engine}: {module_name!r} cannot be imported: {type(error).__name__}: {error}"
             ) from error
         found: Any = module
         for part in class_name.split("."):
             if not hasattr(found, part):
-                classes = [name for name, thing in vars(module).items() if hasattr(thing, "from_args")]
+                classes = [
+                    name
+                    for name, thing in vars(module).items()
+                    if hasattr(thing, "from_args") and not isabstract(thing)
+                ]
                 raise SuiteError(
                     f"--engine {self.engine}: {module_name!r} has no {class_name!r}; "
                     f"engine classes in it: {', '.join(classes) or 'none'}."
@@ -59,4 +69,9 @@ class SuiteSettings:
             found = getattr(found, part)
         if not isinstance(found, type):
             raise SuiteError(f"--engine {self.engine} is {type(found).__name__}; it must be a class, an LLMEngine.")
+        lacks = [
+            name for name in ("from_args", "start", "generate", "cleanup") if not callable(getattr(found, name, None))
+        ]
+        if lacks:
+            raise SuiteError(f"--engine {self.engine} is no LLMEngine: it has no {', '.join(lacks)}.")
         return found

@@ -260,7 +260,11 @@ def twice_of(transcript: Transcript, within_s: float, times: int, *, at_once: bo
         transcript,
         code=_twice_code(transcript, at_once=at_once),
     )
-    cancelled_of(transcript, within_s)
+    try:
+        cancelled_of(transcript, within_s)
+    except Violation as broken:
+        broken.code = _twice_code(transcript, at_once=at_once)
+        raise
 
 
 def _twice_code(transcript: Transcript, *, at_once: bool, then: str = "") -> str:

@@ -354,7 +354,7 @@ def _abort_code(transcript: Transcript) -> str:
             "        chunks.append(chunk)",
             "asked = asyncio.ensure_future(ask())",
             f"while len(chunks) < {_chunks_before(transcript)}: await asyncio.sleep(0.001)",
-            "await asyncio.sleep(0.001)",
+            f"await asyncio.sleep({0.001 if _chunks_before(transcript) else 0})",
             "context.stop_generating()",
             "await engine.abort(Context('r1'))  # a new object, as Dynamo makes one",
             "await asyncio.wait_for(asked, 10)",

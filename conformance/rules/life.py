@@ -192,7 +192,8 @@ async def cleanup_inflight(bench: Bench, draw: Draw) -> None:
         await asyncio.wait_for(engine.cleanup(), CLEANUP_WITHIN_S)
     except Exception:
         assume(False)  # what cleanup itself does is for the other rules
-    code = _inflight_code(bench, streams[0].transcript.request, count)
+    pause_s = (3 if place else fraction) * bench.facts.first_chunk_s
+    code = _inflight_code(bench, streams[0].transcript.request, count, pause_s)
     for stream in streams:
         transcript = await stream.finish(bench.cancel_within_s)
         if transcript.of_kind("cleanup"):
@@ -224,7 +225,7 @@ def inflight_of(transcript: Transcript, within_s: float, code: str = "") -> None
     )
 
 
-def _inflight_code(bench: Bench, request: Mapping[str, Any], count: int) -> str:
+def _inflight_code(bench: Bench, request: Mapping[str, Any], count: int, pause_s: float) -> str:
     return "\n".join(
         [
             "from dynamo._core import Context",
@@ -239,7 +240,7 @@ def _inflight_code(bench: Bench, request: Mapping[str, Any], count: int) -> str:
             "    except DynamoException as error: reason = repr(error)",
             "    return reason",
             f"asked = [asyncio.ensure_future(ask(f'r{{i}}')) for i in range({count})]",
-            f"await asyncio.sleep({max(3 * bench.facts.first_chunk_s, 0.005):g})",
+            f"await asyncio.sleep({pause_s:.4f})",
             "await engine.cleanup()",
             f"reasons = await asyncio.wait_for(asyncio.gather(*asked), {bench.cancel_within_s:g})",
             "assert all(reasons), reasons",

@@ -105,7 +105,13 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
         async def _judge(self) -> None:
             for stream in self.all:
                 transcript = await stream.finish(bench.answer_within_s())
-                expect(not transcript.is_hung, "a stream never ended", transcript, *bench.transcripts)
+                expect(
+                    not transcript.is_hung,
+                    "a stream never ended",
+                    transcript,
+                    *bench.transcripts,
+                    shows="chunks[-1].get('finish_reason')",
+                )
                 if transcript.of_kind("drop"):
                     continue
                 was_stopped = bool(transcript.of_kind("stop", "abort"))
@@ -115,6 +121,7 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
                     f"a valid request beside others raised {type(error).__name__}: {error}",
                     transcript,
                     *(other for other in bench.transcripts if other is not transcript),
+                    shows="'raised' not in chunks[-1]",
                 )
                 num_chunks = len(transcript.chunks)
                 expect(
@@ -122,18 +129,21 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
                     f"beside others, finish_reason is on chunks {transcript.terminals} of {num_chunks}",
                     transcript,
                     *(other for other in bench.transcripts if other is not transcript),
+                    shows="[i for i, chunk in enumerate(chunks) if chunk.get('finish_reason')] == [len(chunks) - 1]",
                 )
                 expect(
                     was_stopped or not transcript.is_cancelled,
                     "a request that nobody stopped ended as cancelled",
                     transcript,
                     *(other for other in bench.transcripts if other is not transcript),
+                    shows="chunks[-1].get('finish_reason') not in ('cancelled', 'abort')",
                 )
                 budget = transcript.request["stop_conditions"]["max_tokens"]
                 expect(
                     len(transcript.token_ids) <= (budget if budget is not None else math.inf),
                     f"{len(transcript.token_ids)} tokens for max_tokens={budget}",
                     transcript,
+                    shows=f"sum(len(chunk['token_ids']) for chunk in chunks) <= {budget}",
                 )
                 expect(
                     transcript.finish_reason != "length" or is_one or len(transcript.token_ids) == budget,
@@ -141,6 +151,7 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
                     f"max_tokens={budget}",
                     transcript,
                     *(other for other in bench.transcripts if other is not transcript),
+                    shows=f"sum(len(chunk['token_ids']) for chunk in chunks) == {budget}",
                 )
             probe = probe_of(bench.engine)
             if probe is not None:
