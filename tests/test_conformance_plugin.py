@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 import tomllib
 from xml.etree import ElementTree
@@ -254,6 +255,7 @@ def test_an_entry_for_a_rule_that_is_not_checked_here_is_an_error(pytester, run)
         (["--engine=nothing"], "*--engine is 'nothing'; it must be MODULE:CLASS*"),
         (["--engine=no_such_pkg:Engine"], "*cannot import 'no_such_pkg'*"),
         (["--engine=conformance.selftest.toy:Toy"], "*has no 'Toy'*ToyEngine*"),
+        (["--engine=conformance.catalogue:Rule"], "*is no LLMEngine: it has no from_args, start, generate, cleanup*"),
         ([f"--engine={TOY}", "--rule=cancle.*"], "*cancle.*cancel*"),
         ([f"--engine={TOY}", "--max-examples=0"], "*--max-examples is 0; it must be at least 1*"),
         ([f"--engine={TOY}", "--engine-args='"], "*--engine-args*"),
@@ -298,4 +300,57 @@ def test_an_engine_that_does_not_start_is_told_with_its_reason(pytester, run):
     )
     result = run("--engine=cold:Cold", "--rule=gen.index,gen.n")
     result.assert_outcomes(skipped=2)
-    assert "no fuel" in said(result)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "the engine does not start: start: RuntimeError: no fuel" in said(result)
+
+
+def test_flags_that_the_engine_does_not_know_are_one_finding_and_no_more(run):
+    result = run(f"--engine={TOY}", "--engine-args=--step-sx 3")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(failed=1, skipped=109)
+    assert "the engine does not start: from_args: SystemExit: 2" in said(result)
+
+
+def test_a_run_that_looks_at_no_rule_is_no_success(run):
+    result = run(f"--engine={TOY}", "--rule=disagg.*")
+    assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert "nothing was checked" in said(result)
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [("import no_such_lib", "*It is engine_here that imports 'no_such_lib'*"), ("def (", "*SyntaxError*")],
+)
+def test_a_module_with_a_fault_of_its_own_is_told_so(pytester, run, source, line):
+    pytester.makepyfile(engine_here=source)
+    result = run("--engine=engine_here:Engine")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([line])
+
+
+def test_the_script_called_pytest_finds_an_engine_in_the_working_directory(pytester, talkative):
+    """Unlike `python -m pytest` it does not put the directory on Python's path."""
+    script = "import sys; sys.path[:] = [path for path in sys.path if path]; import pytest; sys.exit(pytest.main())"
+    words = [talkative, "--rule=gen.max_tokens", "-p", "no:dash", "-p", "no:cacheprovider"]
+    pytester.makepyfile(test_theirs="")
+    result = pytester.run(sys.executable, "-P", "-c", script, *words)
+    result.assert_outcomes(failed=1)
+
+
+def test_a_script_that_does_not_show_the_fault_says_so(pytester, run):
+    """It breaks the rule with the tenth request, and the script makes one."""
+    pytester.makepyfile(
+        tired="""
+        from conformance.selftest.toy import ToyEngine
+
+        class Tired(ToyEngine):
+            num_requests = 0
+
+            def max_tokens(self, prompt, asked):
+                self.num_requests += 1
+                return super().max_tokens(prompt, asked) + (self.num_requests > 10)
+        """
+    )
+    result = run("--engine=tired:Tired", "--rule=gen.max_tokens")
+    result.assert_outcomes(failed=1)
+    assert "ran through when it was tried" in " ".join(said(result).split())
