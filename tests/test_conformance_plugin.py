@@ -330,9 +330,8 @@ def test_a_module_with_a_fault_of_its_own_is_told_so(pytester, run, source, line
 
 def test_the_script_called_pytest_finds_an_engine_in_the_working_directory(pytester, talkative):
     """Unlike `python -m pytest` it does not put the directory on Python's path."""
-    script = "import sys; sys.path[:] = [path for path in sys.path if path]; import pytest; sys.exit(pytest.main())"
+    script = "import os, sys; sys.path.remove(os.getcwd()); import pytest; sys.exit(pytest.main())"
     words = [talkative, "--rule=gen.max_tokens", "-p", "no:dash", "-p", "no:cacheprovider"]
-    pytester.makepyfile(test_theirs="")
     result = pytester.run(sys.executable, "-P", "-c", script, *words)
     result.assert_outcomes(failed=1)
 
