@@ -8,7 +8,9 @@ engine says.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from conformance.verdict import Finding, Outcome, Subject, SuiteRun, Verdict
 
@@ -28,6 +30,9 @@ SYMBOLS = {
 BROKEN = (Outcome.FAILED, Outcome.WARNED, Outcome.DEVIATES)
 CHECKED = (Outcome.PASSED, *BROKEN)
 _BINDING = ("MUST", "SHOULD")  # the other levels are reported only
+_FIRST_EVENTS, _LAST_EVENTS = 12, 8  # of a request, that are shown
+_EVENT = re.compile(r" *\d+\.\d+ s  ")
+_MAX_SENT = 1500  # characters of a request that are shown
 _MAX_NAMED = 5  # rules that a verdict line names before it says "and 3 more"
 
 
@@ -79,18 +84,40 @@ def message_of(verdict: Verdict) -> str:
 
 
 def finding_sections(verdict: Verdict) -> list[tuple[str, str]]:
-    """All that is known of a broken rule, as headed blocks of text without empty ones."""
+    """What is known of a broken rule, as headed blocks of text without empty ones; only JSON has long ones uncut."""
     finding = verdict.finding or Finding(message=verdict.reason)
     sections = [
         ("Found", finding.message),
         (TITLES[verdict.outcome].capitalize() + " because", verdict.reason if verdict.finding else ""),
-        ("Sent", "\n".join(finding.sent)),
-        ("Transcript", "\n".join(finding.transcript)),
+        ("Sent", "\n".join(map(_cut_request, finding.sent))),
+        ("Transcript", "\n".join(_cut_transcript(finding.transcript))),
         ("Why", "\n".join(verdict.rule.sources)),
         ("Script", finding.script),
         ("Example", finding.example),
     ]
     return [(title, printable(text)) for title, text in sections if text.strip()]
+
+
+def _cut_request(text: str) -> str:
+    """Its beginning and end, with a remark on how long it is."""
+    if len(text) <= _MAX_SENT:
+        return text
+    half = _MAX_SENT // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} of {len(text):,} characters left out … {text[-half:]}"
+
+
+def _cut_transcript(lines: Sequence[str]) -> list[str]:
+    """The first and the last events of each request, and how many are between. Any other line begins a request."""
+    shown: list[str] = []
+    for is_event, group in groupby(lines, key=lambda line: bool(_EVENT.match(line))):
+        members = list(group)
+        num_hidden = len(members) - _FIRST_EVENTS - _LAST_EVENTS
+        if is_event and num_hidden > 0:
+            indent = " " * (len(members[0]) - len(members[0].lstrip()))
+            remark = f"{indent}… {count_noun(num_hidden, 'more event')} …"
+            members = [*members[:_FIRST_EVENTS], remark, *members[-_LAST_EVENTS:]]
+        shown += members
+    return shown
 
 
 def printable(text: str) -> str:
