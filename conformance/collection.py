@@ -131,6 +131,10 @@ class Suite:
         example = self.example or (deviation.example if deviation is not None else None)
         try:
             verdict = judge_rule(self._bench, rule, example=example)
+        except SuiteError as error:
+            if self.example is not None or deviation is None or deviation.example is None:
+                raise
+            return _out_of_date(Verdict(rule, Outcome.FAILED), str(error))
         finally:
             self._bench.renew()
         return self._weighed(verdict, deviation)
@@ -139,9 +143,9 @@ class Suite:
         is_broken = verdict.outcome is Outcome.FAILED
         if deviation is not None:
             was_run = verdict.outcome in (Outcome.PASSED, Outcome.FAILED)
-            fault = judge(deviation, is_broken=is_broken, was_run=was_run, is_whole_suite=not self.patterns)
+            fault = judge(deviation, is_broken=is_broken, was_run=was_run)
             if fault:
-                raise StaleDeviation(fault)
+                return _out_of_date(verdict, fault)
             if is_broken:
                 return dataclasses.replace(verdict, outcome=Outcome.DEVIATES, reason=deviation.reason)
             return verdict
@@ -199,8 +203,9 @@ class Suite:
             self._bench.close()
 
 
-class StaleDeviation(Exception):
-    """An entry of the deviations file says what is not so."""
+def _out_of_date(verdict: Verdict, fault: str) -> Verdict:
+    """An entry of the deviations file says what is not so: that fails the run, and is counted."""
+    return dataclasses.replace(verdict, outcome=Outcome.FAILED, reason=fault, is_out_of_date=True)
 
 
 class RuleBroken(Exception):
@@ -249,9 +254,11 @@ class RuleItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         error = excinfo.value
+        if isinstance(error, RuleBroken) and error.verdict.is_out_of_date:
+            return error.verdict.reason
         if isinstance(error, RuleBroken):
             return format_finding(error.verdict, self.suite.settings.engine)
-        if isinstance(error, StaleDeviation | SuiteError):
+        if isinstance(error, SuiteError):
             return str(error)
         return super().repr_failure(excinfo, style)
 

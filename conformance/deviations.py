@@ -8,7 +8,8 @@ The adopter's list of rules that are known to be broken.
     driver = "bridge"                            optional: only under this driver
 
 A listed rule that is broken does not fail the run. A listed rule that holds
-does: the list shrinks as the engine is mended, and says nothing that is not so.
+does, as does one that does not apply: the list shrinks as the engine is mended,
+and says nothing that is not so.
 """
 
 from __future__ import annotations
@@ -73,17 +74,16 @@ def format_deviation(rule_id: str, reason: str, example: tuple[str, str] | None 
     return "\n".join(lines) + "\n"
 
 
-def judge(deviation: Deviation, *, is_broken: bool, was_run: bool, is_whole_suite: bool) -> str:
+def judge(deviation: Deviation, *, is_broken: bool, was_run: bool) -> str:
     """
     What is wrong with an entry after its rule was checked, in one line; "" if nothing is.
 
-    The caller has checked `deviation.is_for`. An entry is wrong if its rule
-    was checked and holds, or if the rule was not checked though the whole
-    suite was selected; in a selection of rules the latter says nothing.
+    The caller has checked `deviation.is_for`, and that the rule was selected.
+    An entry is wrong if its rule was checked and holds, or was not checked.
     """
     if was_run and not is_broken:
         return f"{deviation.rule_id} holds, but the deviations file says it is broken. Take the entry out."
-    if not was_run and is_whole_suite:
+    if not was_run:
         return (
             f"{deviation.rule_id} was not checked in this run, so its entry in the deviations file matches nothing. "
             'Take the entry out, or say with role = "..." or driver = "..." which runs it is for.'

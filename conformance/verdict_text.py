@@ -9,7 +9,7 @@ engine says.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from conformance.verdict import Finding, Outcome, Subject, SuiteRun, Verdict
@@ -64,8 +64,7 @@ def verdict_line(run: SuiteRun) -> str:
         return "nothing was checked: no rule was selected that applies here"
     by_outcome = {outcome: [v for v in run.verdicts if v.outcome is outcome] for outcome in CHECKED}
     if by_outcome[Outcome.FAILED]:
-        failed = by_outcome[Outcome.FAILED]
-        line = f"does not conform: {_count_levels(failed)} broken ({_name_rules(failed)})"
+        line = f"does not conform: {'; '.join(_name_failed(by_outcome[Outcome.FAILED]))}"
     else:
         passed = [v for v in by_outcome[Outcome.PASSED] if v.rule.level in _BINDING]
         line = f"conforms: {_count_levels(passed)} {'holds' if len(passed) == 1 else 'hold'}"
@@ -76,6 +75,16 @@ def verdict_line(run: SuiteRun) -> str:
         if found := by_outcome[outcome]:
             line += f"; {len(found)} {one if len(found) == 1 else many} ({_name_rules(found)})"
     return line
+
+
+def _name_failed(failed: Sequence[Verdict]) -> Iterator[str]:
+    broken = [verdict for verdict in failed if not verdict.is_out_of_date]
+    old = [verdict for verdict in failed if verdict.is_out_of_date]
+    if broken:
+        yield f"{_count_levels(broken)} broken ({_name_rules(broken)})"
+    if old:
+        entries, are = ("1 entry", "is") if len(old) == 1 else (f"{len(old)} entries", "are")
+        yield f"{entries} of the deviations file {are} out of date ({_name_rules(old)})"
 
 
 def message_of(verdict: Verdict) -> str:

@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from conformance.verdict_text import one_line
+
 pytest_plugins = ["pytester"]
 
 TOY = "conformance.selftest.toy:ToyEngine"
@@ -236,6 +238,8 @@ def test_an_entry_that_no_longer_fails_is_an_error(pytester, run):
     result = run(f"--engine={TOY}", "--rule=gen.max_tokens", "--max-examples=3", known)
     result.assert_outcomes(failed=1)
     assert "gen.max_tokens holds" in said(result)
+    assert "does not conform: 1 entry of the deviations file is out of date (gen.max_tokens)" in one_line(said(result))
+    assert one_line(said(result)).count("all - 1 - - - -") == 1
 
 
 def test_an_entry_for_a_rule_that_is_not_checked_here_is_an_error(pytester, run):
@@ -243,6 +247,25 @@ def test_an_entry_for_a_rule_that_is_not_checked_here_is_an_error(pytester, run)
     result = run(f"--engine={TOY}", "--max-examples=2", "-k", "encode.terminal", known)
     result.assert_outcomes(failed=1, deselected=109)
     assert "matches nothing" in said(result)
+    assert "1 entry of the deviations file is out of date (encode.terminal)" in one_line(said(result))
+
+
+def test_a_selected_rule_that_is_skipped_makes_its_entry_out_of_date_and_one_that_is_not_selected_does_not(
+    pytester, run
+):
+    known = deviations(pytester, '["encode.terminal"]\nreason = "we do not encode"')
+    run(f"--engine={TOY}", "--rule=gen.index", "--max-examples=3", known).assert_outcomes(passed=1)
+    run(f"--engine={TOY}", "--rule=encode.*", known).assert_outcomes(failed=1, skipped=1)
+    other = deviations(pytester, '["encode.terminal"]\nreason = "we do not encode"\nrole = "encode"')
+    run(f"--engine={TOY}", "--rule=encode.*", other).assert_outcomes(skipped=2)
+
+
+def test_an_entry_pinned_under_another_hypothesis_is_out_of_date(pytester, run, talkative):
+    known = deviations(pytester, '["gen.max_tokens"]\nreason = "x"\nexample = "6.1.0:AAFBAQAAAA=="')
+    result = run(talkative, "--rule=gen.max_tokens", known)
+    result.assert_outcomes(failed=1)
+    assert "made by Hypothesis 6.1.0" in said(result)
+    assert "1 entry of the deviations file is out of date (gen.max_tokens)" in one_line(said(result))
 
 
 # Bad input: one line, before anything runs.

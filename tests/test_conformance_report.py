@@ -360,6 +360,22 @@ def test_the_line_of_a_run():
     assert verdict_line(run) == "nothing was checked: no rule was selected that applies here"
 
 
+def test_the_line_counts_entries_of_the_deviations_file_that_are_out_of_date_apart():
+    def with_old(run, *ids):
+        kept = (
+            replace(v, outcome=Outcome.FAILED, is_out_of_date=True) if v.rule.id in ids else v for v in run.verdicts
+        )
+        return replace(run, verdicts=tuple(kept))
+
+    assert verdict_line(with_old(example_run(), "gen.max_tokens")) == (
+        "does not conform: 1 entry of the deviations file is out of date (gen.max_tokens)"
+    )
+    assert verdict_line(with_old(example_run(cancel_mid=Outcome.FAILED), "gen.n", "gen.index")) == (
+        "does not conform: 1 MUST rule broken (cancel.mid); "
+        "2 entries of the deviations file are out of date (gen.index, gen.n)"
+    )
+
+
 @given(run=RUNS)
 @QUICK
 def test_the_line_says_conforms_only_where_something_was_checked_and_nothing_failed(run):
