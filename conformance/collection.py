@@ -23,6 +23,7 @@ from conformance.bench import Bench
 from conformance.catalogue import LEVELS, Rule, load_catalogue, select
 from conformance.deviations import Deviation, judge, parse_example, read_deviations
 from conformance.facts import Facts, find_facts
+from conformance.plugin import OPTIONS
 from conformance.release import dynamo_version
 from conformance.rules import AREAS
 from conformance.runner import judge_rule
@@ -35,6 +36,8 @@ CATALOGUE = Path(__file__).with_name("catalogue.csv")
 MARKERS = ("conformance", *(level.lower() for level in LEVELS), *AREAS)
 _PROPERTY = "conformance_verdict"
 _FIRST_SUITE = "0.1"
+# What another run needs to show the same finding; --engine, --rule and --example apart.
+_TELLING_FLAGS = ("--engine-args", "--engine-driver", "--engine-role", "--engine-clock", "--fail-on")
 
 
 def suite_version() -> str:
@@ -53,6 +56,8 @@ class Suite:
     ) -> None:
         self.settings = settings
         self.fail_on: str = given(config, "--fail-on")
+        values = {flag: given(config, flag) for flag in _TELLING_FLAGS}
+        self.flags = [f"{flag}={value}" for flag, value in values.items() if value != OPTIONS[flag].get("default")]
         folder = given(config, "--engine-report")
         self.report_folder = Path(folder) if folder else None
         self.catalogue = load_catalogue()
@@ -257,7 +262,7 @@ class RuleItem(pytest.Item):
         if isinstance(error, RuleBroken) and error.verdict.is_out_of_date:
             return error.verdict.reason
         if isinstance(error, RuleBroken):
-            return format_finding(error.verdict, self.suite.settings.engine)
+            return format_finding(error.verdict, self.suite.settings.engine, self.suite.flags)
         if isinstance(error, SuiteError):
             return str(error)
         return super().repr_failure(excinfo, style)

@@ -3,7 +3,7 @@ A suite run on a terminal.
 
     print_summary(run, console)            after the tests: head, a row an area, each broken rule, the verdict
     print_capabilities(subject, console)   what the engine can do, in full
-    format_finding(verdict, engine)        what pytest prints for one broken rule, plain
+    format_finding(verdict, engine, flags) what pytest prints for one broken rule, plain
 
 Nothing is told by colour alone.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -79,8 +80,12 @@ def print_capabilities(subject: Subject, console: Console) -> None:
     console.print(grid)
 
 
-def format_finding(verdict: Verdict, engine: str) -> str:
-    """A broken rule as plain text for somebody who never saw this suite; `engine` is "my_pkg:Engine"."""
+def format_finding(verdict: Verdict, engine: str, flags: Sequence[str] = ()) -> str:
+    """
+    A broken rule as plain text for somebody who never saw this suite.
+
+    `engine` is "my_pkg:Engine"; `flags` are what else its run was given, such as "--engine-role=decode".
+    """
     rule = verdict.rule
     finding = verdict.finding
     lines = [printable(f"{rule.id} ({rule.level}): {rule.sentence}"), f"Engine: {printable(engine)}"]
@@ -92,9 +97,8 @@ def format_finding(verdict: Verdict, engine: str) -> str:
     if script.strip() or example:
         lines += ["", "To reproduce"]
     if example:
-        flags = [f"--engine={engine}", f"--rule={rule.id}", f"--example={example}"]
-        lines += ["    With the suite, and the other options of this run:"]
-        lines += [f"        pytest {' '.join(shlex.quote(printable(flag)) for flag in flags)}"]
+        words = ["pytest", f"--engine={engine}", *flags, f"--rule={rule.id}", f"--example={example}"]
+        lines += ["    With the suite:", f"        {shlex.join(map(printable, words))}"]
     if script.strip():
         # Not indented, so that it can be copied as it stands.
         lines += ["    Without it, save what is between the lines as reproduce.py and run: python reproduce.py"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import textwrap
 import tomllib
 from xml.etree import ElementTree
@@ -162,6 +163,27 @@ def test_a_printed_example_can_be_tried_again(pytester, run, talkative):
     (second,) = json.loads((pytester.path / "again/conformance.json").read_text())["verdicts"]
     assert second["num_examples"] <= 2
     assert second["finding"]["message"] == verdict["finding"]["message"]
+
+
+def test_the_printed_command_has_every_option_that_the_run_was_given(pytester, run, monkeypatch):
+    source = (
+        TALKATIVE
+        + """
+    @classmethod
+    async def from_args(cls, argv=None):
+        assert argv == ["--name", "a b"]
+        return await super().from_args([])
+"""
+    )
+    pytester.makepyfile(talkative=source)
+    monkeypatch.setenv("CONFORMANCE_ENGINE_CLOCK", "virtual")
+    given = ["--engine=talkative:Talkative", "--engine-args=--name 'a b'", "--engine-driver=plain"]
+    result = run(*given, "--engine-role=agg", "--rule=gen.max_tokens", "--max-examples=5")
+    (command,) = (line for line in said(result).splitlines() if line.strip().startswith("pytest --engine"))
+    words = shlex.split(command)
+    assert words[1:-1] == [*given, "--engine-role=agg", "--engine-clock=virtual", "--rule=gen.max_tokens"]
+    monkeypatch.delenv("CONFORMANCE_ENGINE_CLOCK")
+    run(*words[1:]).assert_outcomes(failed=1)
 
 
 def test_the_report_has_every_form(pytester, run, talkative):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -189,4 +190,7 @@ def test_the_example_comes_with_the_command_that_tries_it_again():
     finding = Finding("It went on.", example="6.100.0:AXicY2BgZGAAAAAVAAM=")
     text = format_finding(replace(verdict, finding=finding), "my_pkg:Engine")
     assert "pytest --engine=my_pkg:Engine --rule=cancel.mid --example=6.100.0:AXicY2BgZGAAAAAVAAM=\n" in text
+    text = format_finding(replace(verdict, finding=finding), "my_pkg:Engine", ["--engine-args=--model 'a b'"])
+    (command,) = (line for line in text.splitlines() if line.lstrip().startswith("pytest "))
+    assert shlex.split(command)[1:3] == ["--engine=my_pkg:Engine", "--engine-args=--model 'a b'"]
     assert "To reproduce" not in format_finding(replace(verdict, finding=Finding("It went on.")), "my_pkg:Engine")
