@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from conformance.catalogue import LEVELS
 from conformance.verdict import Finding, Outcome, Subject, SuiteRun, Verdict
 
 TITLES = {outcome: outcome.value for outcome in Outcome} | {
@@ -29,7 +30,6 @@ SYMBOLS = {
 }
 BROKEN = (Outcome.FAILED, Outcome.WARNED, Outcome.DEVIATES)
 CHECKED = (Outcome.PASSED, *BROKEN)
-_BINDING = ("MUST", "SHOULD")  # the other levels are reported only
 _FIRST_EVENTS, _LAST_EVENTS = 12, 8  # of a request, that are shown
 _EVENT = re.compile(r" *\d+\.\d+ s  ")
 _MAX_SENT = 1500  # characters of a request that are shown
@@ -58,7 +58,7 @@ def sort_broken(verdicts: Iterable[Verdict]) -> list[Verdict]:
 
 
 def verdict_line(run: SuiteRun) -> str:
-    """The run in one sentence, such as "conforms: 70 MUST and 30 SHOULD rules hold"."""
+    """The run in one sentence, such as "conforms: 50 MUST, 26 SHOULD and 2 MAY rules hold"."""
     counts = count_outcomes(run.verdicts)
     if not any(counts[outcome] for outcome in CHECKED):
         return "nothing was checked: no rule was selected that applies here"
@@ -66,7 +66,7 @@ def verdict_line(run: SuiteRun) -> str:
     if by_outcome[Outcome.FAILED]:
         line = f"does not conform: {'; '.join(_name_failed(by_outcome[Outcome.FAILED]))}"
     else:
-        passed = [v for v in by_outcome[Outcome.PASSED] if v.rule.level in _BINDING]
+        passed = by_outcome[Outcome.PASSED]
         line = f"conforms: {_count_levels(passed)} {'holds' if len(passed) == 1 else 'hold'}"
     for outcome, one, many in (
         (Outcome.WARNED, "warning", "warnings"),
@@ -149,7 +149,7 @@ def count_noun(count: int, noun: str) -> str:
 
 
 def _count_levels(verdicts: Sequence[Verdict]) -> str:
-    counts = dict.fromkeys(_BINDING, 0)
+    counts = dict.fromkeys(LEVELS, 0)
     for verdict in verdicts:
         counts[verdict.rule.level] = counts.get(verdict.rule.level, 0) + 1
     words = [f"{count} {one_line(level)}" for level, count in counts.items() if count] or ["0"]

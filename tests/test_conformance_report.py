@@ -344,8 +344,10 @@ def test_the_badge_has_the_count_the_colour_and_room_for_its_text(run, folder):
 
 def test_the_line_of_a_run():
     run = example_run()
-    must, should = (sum(v.rule.level == level for v in run.verdicts) for level in ("MUST", "SHOULD"))
-    assert verdict_line(run) == f"conforms: {must} MUST and {should} SHOULD rules hold"
+    found = Counter(verdict.rule.level for verdict in run.verdicts)
+    must, should, rest = found["MUST"], found["SHOULD"], "2 MAY, 1 WARN and 1 INFO rules hold"
+    assert must + should + 4 == len(run.verdicts)
+    assert verdict_line(run) == f"conforms: {must} MUST, {should} SHOULD, {rest}"
     run = example_run(cancel_mid=Outcome.FAILED, gen_usage_arith=Outcome.FAILED)
     assert verdict_line(run) == "does not conform: 2 MUST rules broken (gen.usage_arith, cancel.mid)"
     run = example_run(cancel_mid=Outcome.FAILED, gen_empty_prompt=Outcome.FAILED, gen_n=Outcome.WARNED)
@@ -354,7 +356,7 @@ def test_the_line_of_a_run():
     )
     run = example_run(gen_n=Outcome.DEVIATES, gen_empty_prompt=Outcome.DEVIATES)
     assert verdict_line(run) == (
-        f"conforms: {must} MUST and {should - 2} SHOULD rules hold; 2 known deviations (gen.n, gen.empty_prompt)"
+        f"conforms: {must} MUST, {should - 2} SHOULD, {rest}; 2 known deviations (gen.n, gen.empty_prompt)"
     )
     run = example_run(**dict.fromkeys((v.rule.id.replace(".", "_") for v in run.verdicts), Outcome.SKIPPED))
     assert verdict_line(run) == "nothing was checked: no rule was selected that applies here"
