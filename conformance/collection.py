@@ -21,7 +21,7 @@ from rich.console import Console
 
 from conformance.bench import Bench
 from conformance.catalogue import LEVELS, Rule, load_catalogue, select
-from conformance.deviations import Deviation, judge, parse_example, read_deviations
+from conformance.deviations import Deviation, judge, parse_example, read_deviations, why_unreadable
 from conformance.facts import Facts, find_facts
 from conformance.plugin import OPTIONS
 from conformance.release import dynamo_version
@@ -82,6 +82,8 @@ class Suite:
         example = parse_example(text)
         if example is None:
             raise SuiteError(f"--example is {text!r}; it must be RELEASE:BLOB, as a finding prints it")
+        if fault := why_unreadable(example):
+            raise SuiteError(f"--example is {text!r}; {fault}")
         if len(self.rules) != 1:
             raise SuiteError(f"--example is for one rule, and {len(self.rules)} are selected; name it with --rule")
         return example

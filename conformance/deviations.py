@@ -23,6 +23,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+from hypothesis.core import decode_failure
+from hypothesis.errors import InvalidArgument
+
 from conformance.settings import DRIVERS, ROLES
 
 _CHOICES = {"role": ROLES, "driver": DRIVERS}
@@ -97,6 +101,18 @@ def parse_example(text: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
+def why_unreadable(example: tuple[str, str]) -> str:
+    """Why no example comes out of a blob of this Hypothesis; "" if one does, or if another release made it."""
+    release, blob = example
+    if release != hypothesis.__version__:
+        return ""
+    try:
+        decode_failure(blob.encode())
+    except InvalidArgument:
+        return f"Hypothesis {release} cannot read the part after the colon. Copy all of it from the failure."
+    return ""
+
+
 def _read_table(rule_id: str, table: Any, where: str) -> Deviation:
     if not isinstance(table, dict):
         raise ValueError(f'{where} is {_name(table)}, not a table. Write ["{rule_id}"] and below it reason = "...".')
@@ -119,6 +135,8 @@ def _read_table(rule_id: str, table: Any, where: str) -> Deviation:
                 f"{where}: example is {_quote(table['example'])}, but it is Hypothesis' release and a blob, as in "
                 '"6.100.0:AXicY2BgZGAAAAAVAAM=". Copy it from the failure, or take the line out.'
             )
+        if fault := why_unreadable(example):
+            raise ValueError(f"{where}: example is {_quote(table['example'])}; {fault}")
     return Deviation(rule_id, table["reason"], example, table.get("role"), table.get("driver"))
 
 

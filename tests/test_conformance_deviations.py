@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tomllib
 
+import hypothesis
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,6 +91,9 @@ def test_an_entry_that_excuses_nothing_is_wrong(was_run, is_broken, complaint):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        pytest.param(
+            f'["cancel.mid"]\nreason = "x"\nexample = "{hypothesis.__version__}:AAFBAQ"', "cannot read", id="cut blob"
+        ),
         pytest.param('["gen.empty_promt"]\nreason = "x"', "Did you mean gen.empty_prompt?", id="misspelt id"),
         pytest.param('["zzz"]\nreason = "x"', '["zzz"] is no rule of this suite', id="unknown id"),
         pytest.param('["a\\nb"]\nreason = "x"', '["a\\nb"] is no rule', id="id with a line break"),

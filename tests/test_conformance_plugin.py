@@ -8,6 +8,7 @@ import textwrap
 import tomllib
 from xml.etree import ElementTree
 
+import hypothesis
 import pytest
 
 from conformance.verdict_text import one_line
@@ -15,6 +16,7 @@ from conformance.verdict_text import one_line
 pytest_plugins = ["pytester"]
 
 TOY = "conformance.selftest.toy:ToyEngine"
+CUT = f"{hypothesis.__version__}:AAFBAQ"  # not all of a blob
 MUTANTS = "conformance.selftest.mutants"
 
 # One engine with two faults: it ignores max_tokens, and its terminal chunk has no usage.
@@ -304,6 +306,7 @@ def test_an_entry_pinned_under_another_hypothesis_is_out_of_date(pytester, run, 
         ([f"--engine={TOY}", "--engine-args='"], "*--engine-args*"),
         ([f"--engine={TOY}", "--deviations=none.toml"], "*none.toml*"),
         ([f"--engine={TOY}", "--example=x", "--rule=gen.n"], "*--example is 'x'; it must be RELEASE:BLOB*"),
+        ([f"--engine={TOY}", f"--example={CUT}", "--rule=gen.n"], f"*--example is '{CUT}'; Hypothesis * cannot read *"),
         ([f"--engine={TOY}", "--engine-role=cook"], "*invalid choice: 'cook'*"),
     ],
 )
