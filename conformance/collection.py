@@ -11,7 +11,7 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from conformance.bench import Bench
 from conformance.catalogue import LEVELS, Rule, load_catalogue, select
 from conformance.deviations import Deviation, judge, parse_example, read_deviations, why_unreadable
 from conformance.facts import Facts, find_facts
-from conformance.plugin import OPTIONS
 from conformance.release import dynamo_version
 from conformance.rules import AREAS
 from conformance.runner import judge_rule
@@ -36,8 +35,6 @@ CATALOGUE = Path(__file__).with_name("catalogue.csv")
 MARKERS = ("conformance", *(level.lower() for level in LEVELS), *AREAS)
 _PROPERTY = "conformance_verdict"
 _FIRST_SUITE = "0.1"
-# What another run needs to show the same finding; --engine, --rule and --example apart.
-_TELLING_FLAGS = ("--engine-args", "--engine-driver", "--engine-role", "--engine-clock", "--fail-on")
 
 
 def suite_version() -> str:
@@ -52,12 +49,15 @@ class Suite:
     """Everything of one run. Registered as a plugin only where `--engine` is given."""
 
     def __init__(
-        self, config: pytest.Config, settings: SuiteSettings, given: Callable[[pytest.Config, str], Any]
+        self,
+        config: pytest.Config,
+        settings: SuiteSettings,
+        given: Callable[[pytest.Config, str], Any],
+        flags: Sequence[str],
     ) -> None:
         self.settings = settings
         self.fail_on: str = given(config, "--fail-on")
-        values = {flag: given(config, flag) for flag in _TELLING_FLAGS}
-        self.flags = [f"{flag}={value}" for flag, value in values.items() if value != OPTIONS[flag].get("default")]
+        self.flags = flags
         folder = given(config, "--engine-report")
         self.report_folder = Path(folder) if folder else None
         self.catalogue = load_catalogue()
