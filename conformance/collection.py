@@ -11,7 +11,7 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from conformance.bench import Bench
 from conformance.catalogue import LEVELS, Rule, load_catalogue, select
-from conformance.deviations import Deviation, judge, parse_example, read_deviations
+from conformance.deviations import Deviation, judge, parse_example, read_deviations, why_unreadable
 from conformance.facts import Facts, find_facts
 from conformance.release import dynamo_version
 from conformance.reproducer import runs_through
@@ -52,10 +52,15 @@ class Suite:
     """Everything of one run. Registered as a plugin only where `--engine` is given."""
 
     def __init__(
-        self, config: pytest.Config, settings: SuiteSettings, given: Callable[[pytest.Config, str], Any]
+        self,
+        config: pytest.Config,
+        settings: SuiteSettings,
+        given: Callable[[pytest.Config, str], Any],
+        flags: Sequence[str],
     ) -> None:
         self.settings = settings
         self.fail_on: str = given(config, "--fail-on")
+        self.flags = flags
         folder = given(config, "--engine-report")
         self.report_folder = Path(folder) if folder else None
         self.catalogue = load_catalogue()
@@ -80,6 +85,8 @@ class Suite:
         example = parse_example(text)
         if example is None:
             raise SuiteError(f"--example is {text!r}; it must be RELEASE:BLOB, as a finding prints it")
+        if fault := why_unreadable(example):
+            raise SuiteError(f"--example is {text!r}; {fault}")
         if len(self.rules) != 1:
             raise SuiteError(f"--example is for one rule, and {len(self.rules)} are selected; name it with --rule")
         return example
@@ -134,6 +141,10 @@ class Suite:
         example = self.example or (deviation.example if deviation is not None else None)
         try:
             verdict = judge_rule(self._bench, rule, example=example)
+        except SuiteError as error:
+            if self.example is not None or deviation is None or deviation.example is None:
+                raise
+            return _out_of_date(Verdict(rule, Outcome.FAILED), str(error))
         finally:
             self._bench.renew()
         return self._weighed(self._with_tried_script(verdict), deviation)
@@ -154,9 +165,9 @@ class Suite:
         is_broken = verdict.outcome is Outcome.FAILED
         if deviation is not None:
             was_run = verdict.outcome in (Outcome.PASSED, Outcome.FAILED)
-            fault = judge(deviation, is_broken=is_broken, was_run=was_run, is_whole_suite=not self.patterns)
+            fault = judge(deviation, is_broken=is_broken, was_run=was_run)
             if fault:
-                raise StaleDeviation(fault)
+                return _out_of_date(verdict, fault)
             if is_broken:
                 return dataclasses.replace(verdict, outcome=Outcome.DEVIATES, reason=deviation.reason)
             return verdict
@@ -224,8 +235,9 @@ class Suite:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
-class StaleDeviation(Exception):
-    """An entry of the deviations file says what is not so."""
+def _out_of_date(verdict: Verdict, fault: str) -> Verdict:
+    """An entry of the deviations file says what is not so: that fails the run, and is counted."""
+    return dataclasses.replace(verdict, outcome=Outcome.FAILED, reason=fault, is_out_of_date=True)
 
 
 class RuleBroken(Exception):
@@ -274,9 +286,11 @@ class RuleItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         error = excinfo.value
+        if isinstance(error, RuleBroken) and error.verdict.is_out_of_date:
+            return error.verdict.reason
         if isinstance(error, RuleBroken):
-            return format_finding(error.verdict, self.suite.settings.engine)
-        if isinstance(error, StaleDeviation | SuiteError):
+            return format_finding(error.verdict, self.suite.settings.engine, self.suite.flags)
+        if isinstance(error, SuiteError):
             return str(error)
         return super().repr_failure(excinfo, style)
 

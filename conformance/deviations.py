@@ -8,7 +8,8 @@ The adopter's list of rules that are known to be broken.
     driver = "bridge"                            optional: only under this driver
 
 A listed rule that is broken does not fail the run. A listed rule that holds
-does: the list shrinks as the engine is mended, and says nothing that is not so.
+does, as does one that does not apply: the list shrinks as the engine is mended,
+and says nothing that is not so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+import hypothesis
+from hypothesis.core import decode_failure
+from hypothesis.errors import InvalidArgument
 
 from conformance.settings import DRIVERS, ROLES
 
@@ -73,17 +78,16 @@ def format_deviation(rule_id: str, reason: str, example: tuple[str, str] | None 
     return "\n".join(lines) + "\n"
 
 
-def judge(deviation: Deviation, *, is_broken: bool, was_run: bool, is_whole_suite: bool) -> str:
+def judge(deviation: Deviation, *, is_broken: bool, was_run: bool) -> str:
     """
     What is wrong with an entry after its rule was checked, in one line; "" if nothing is.
 
-    The caller has checked `deviation.is_for`. An entry is wrong if its rule
-    was checked and holds, or if the rule was not checked though the whole
-    suite was selected; in a selection of rules the latter says nothing.
+    The caller has checked `deviation.is_for`, and that the rule was selected.
+    An entry is wrong if its rule was checked and holds, or was not checked.
     """
     if was_run and not is_broken:
         return f"{deviation.rule_id} holds, but the deviations file says it is broken. Take the entry out."
-    if not was_run and is_whole_suite:
+    if not was_run:
         return (
             f"{deviation.rule_id} was not checked in this run, so its entry in the deviations file matches nothing. "
             'Take the entry out, or say with role = "..." or driver = "..." which runs it is for.'
@@ -95,6 +99,18 @@ def parse_example(text: str) -> tuple[str, str] | None:
     """Hypothesis' release and blob out of "6.100.0:AXic...", or None if `text` is not such a thing."""
     match = _EXAMPLE.fullmatch(text)
     return (match[1], match[2]) if match else None
+
+
+def why_unreadable(example: tuple[str, str]) -> str:
+    """Why no example comes out of a blob of this Hypothesis; "" if one does, or if another release made it."""
+    release, blob = example
+    if release != hypothesis.__version__:
+        return ""
+    try:
+        decode_failure(blob.encode())
+    except InvalidArgument:
+        return f"Hypothesis {release} cannot read the part after the colon. Copy all of it from the failure."
+    return ""
 
 
 def _read_table(rule_id: str, table: Any, where: str) -> Deviation:
@@ -119,6 +135,8 @@ def _read_table(rule_id: str, table: Any, where: str) -> Deviation:
                 f"{where}: example is {_quote(table['example'])}, but it is Hypothesis' release and a blob, as in "
                 '"6.100.0:AXicY2BgZGAAAAAVAAM=". Copy it from the failure, or take the line out.'
             )
+        if fault := why_unreadable(example):
+            raise ValueError(f"{where}: example is {_quote(table['example'])}; {fault}")
     return Deviation(rule_id, table["reason"], example, table.get("role"), table.get("driver"))
 
 

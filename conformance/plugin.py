@@ -150,12 +150,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # the script `pytest`, unlike `python -m pytest`, leaves it out
     if "pytest_conformance" not in (name for name, _ in config.pluginmanager.list_name_plugin()):
-        config.pluginmanager.register(Suite(config, _settings(config), _given), "pytest_conformance")
+        suite = Suite(config, _settings(config), _given, _telling_flags(config))
+        config.pluginmanager.register(suite, "pytest_conformance")
     for marker in MARKERS:
         config.addinivalue_line("markers", f"{marker}: of the conformance suite")
     args_are_given = config.args_source is pytest.Config.ArgsSource.ARGS
     others = [arg for arg in config.args if arg != str(CATALOGUE)] if args_are_given else []
     config.args = [*others, str(CATALOGUE)]
+
+
+def _telling_flags(config: pytest.Config) -> list[str]:
+    """What another run needs to show the same finding, where it is not the default."""
+    flags = ("--engine-args", "--engine-driver", "--engine-role", "--engine-clock", "--fail-on")
+    values = {flag: _given(config, flag) for flag in flags}
+    return [f"{flag}={value}" for flag, value in values.items() if value != OPTIONS[flag].get("default")]
 
 
 def _settings(config: pytest.Config) -> SuiteSettings:

@@ -92,6 +92,7 @@ def run_to_json(run: SuiteRun) -> dict[str, Any]:
             rule      id, level, sentence, source, ... as in the catalogue; applies is a sorted list
             outcome   passed, failed, warned, deviates, skipped or unchecked
             reason, num_examples, seconds
+            is_out_of_date  true if it failed only because its entry in the deviations file says what is not so
             finding   null, or message, sent [text], transcript [text], script, example
     """
     counts = count_outcomes(run.verdicts)

@@ -1,9 +1,9 @@
 """
 A suite run on a terminal.
 
-    print_summary(run, console)            after the tests: head, a row an area, a line a broken rule, the verdict
+    print_summary(run, console)            after the tests: head, a row an area, each broken rule, the verdict
     print_capabilities(subject, console)   what the engine can do, in full
-    format_finding(verdict, engine)        what pytest prints for one broken rule, plain
+    format_finding(verdict, engine, flags) what pytest prints for one broken rule, plain
 
 Nothing is told by colour alone.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -43,6 +44,8 @@ _STYLES = {
     Outcome.UNCHECKED: "dim",
 }
 _RULER = "-" * 72
+_MAX_MESSAGE_LINES = 4
+_LEAST_COLUMNS, _NARROW_INDENT = 20, 4  # where a message would have less room, it begins on a line of its own
 _YES_OR_NO = re.compile(r"(yes|no)\b[\s,:;]*(.*)", re.DOTALL | re.IGNORECASE)
 
 
@@ -54,8 +57,11 @@ def print_summary(run: SuiteRun, console: Console) -> None:
     console.print()
     broken = sort_broken(run.verdicts)
     if broken:
-        for line in _broken_lines(broken, console.width):
+        for line in _broken_lines(broken, console):
             console.print(line, no_wrap=True)
+        warned = [verdict for verdict in broken if verdict.outcome is Outcome.WARNED]
+        if warned:
+            console.print(Text(_how_to_see(warned), overflow="fold"))
         console.print()
     failed = any(verdict.outcome is Outcome.FAILED for verdict in broken)
     passed = any(verdict.outcome is Outcome.PASSED for verdict in run.verdicts)
@@ -74,8 +80,12 @@ def print_capabilities(subject: Subject, console: Console) -> None:
     console.print(grid)
 
 
-def format_finding(verdict: Verdict, engine: str) -> str:
-    """A broken rule as plain text for somebody who never saw this suite; `engine` is "my_pkg:Engine"."""
+def format_finding(verdict: Verdict, engine: str, flags: Sequence[str] = ()) -> str:
+    """
+    A broken rule as plain text for somebody who never saw this suite.
+
+    `engine` is "my_pkg:Engine"; `flags` are what else its run was given, such as "--engine-role=decode".
+    """
     rule = verdict.rule
     finding = verdict.finding
     lines = [printable(f"{rule.id} ({rule.level}): {rule.sentence}"), f"Engine: {printable(engine)}"]
@@ -87,9 +97,8 @@ def format_finding(verdict: Verdict, engine: str) -> str:
     if script.strip() or example:
         lines += ["", "To reproduce"]
     if example:
-        flags = [f"--engine={engine}", f"--rule={rule.id}", f"--example={example}"]
-        lines += ["    With the suite, and the other options of this run:"]
-        lines += [f"        pytest {' '.join(shlex.quote(printable(flag)) for flag in flags)}"]
+        words = ["pytest", f"--engine={engine}", *flags, f"--rule={rule.id}", f"--example={example}"]
+        lines += ["    With the suite:", f"        {shlex.join(map(printable, words))}"]
     if script.strip():
         # Not indented, so that it can be copied as it stands.
         lines += ["    Without it, save what is between the lines as reproduce.py and run: python reproduce.py"]
@@ -162,15 +171,41 @@ def _count_cells(counts: dict[Outcome, int]) -> list[Text]:
     return [Text(str(count), _STYLES[outcome]) if count else Text("-", "dim") for outcome, count in counts.items()]
 
 
-def _broken_lines(broken: list[Verdict], width: int) -> list[Text]:
-    """One line a rule: outcome, level and id in columns, then as much of the message as fits."""
+def _broken_lines(broken: list[Verdict], console: Console) -> list[Text]:
+    """Outcome, level and id in columns, then the message: of what deviates one line, of the rest up to four."""
     heads = [(TITLES[v.outcome], one_line(v.rule.level), one_line(v.rule.id)) for v in broken]
     widths = [max(map(cell_len, column)) for column in zip(*heads, strict=True)]
+    column = sum(widths) + 2 * len(widths)
+    is_narrow = console.width - column < _LEAST_COLUMNS
+    if is_narrow:
+        column = _NARROW_INDENT
     lines = []
     for verdict, head in zip(broken, heads, strict=True):
         cells = [set_cell_size(text, cells) for text, cells in zip(head, widths, strict=True)]
-        line = Text("  ".join([*cells, one_line(message_of(verdict))]))
-        line.stylize(_STYLES[verdict.outcome], 0, len(cells[0]))
-        line.truncate(width, overflow="ellipsis")
-        lines.append(line)
+        start = Text("  ".join(cells) + "  ")
+        start.stylize(_STYLES[verdict.outcome], 0, len(cells[0]))
+        if is_narrow:
+            start.truncate(console.width, overflow="ellipsis")
+            lines.append(start)
+            start = Text(" " * column)
+        most = 1 if verdict.outcome is Outcome.DEVIATES else _MAX_MESSAGE_LINES
+        message = _wrap(one_line(message_of(verdict)), console, max(console.width - column, 1), most)
+        lines += [(Text(" " * column) if i else start) + line for i, line in enumerate(message)]
     return lines
+
+
+def _wrap(text: str, console: Console, width: int, most: int) -> list[Text]:
+    """`text` in at most so many lines, at least one; the last ends with an ellipsis where there is more."""
+    lines = list(Text(text).wrap(console, width, overflow="fold")) or [Text()]
+    if len(lines) > most:
+        rest = Text(" ".join(line.plain.rstrip() for line in lines[most - 1 :]))
+        rest.truncate(width, overflow="ellipsis")
+        lines = [*lines[: most - 1], rest]
+    for line in lines:
+        line.rstrip()
+    return lines
+
+
+def _how_to_see(warned: list[Verdict]) -> str:
+    should = [v for v in warned if v.rule.level == "SHOULD" or (v.finding is not None and v.finding.is_should)]
+    return f"All that was found for a warning: {'--fail-on should, or ' if should else ''}--engine-report DIR"

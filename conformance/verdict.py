@@ -14,7 +14,7 @@ from conformance.catalogue import Rule
 
 class Outcome(StrEnum):
     PASSED = "passed"
-    FAILED = "failed"  # a broken rule that fails the run
+    FAILED = "failed"  # a broken rule that fails the run, or one whose entry in the deviations file is out of date
     WARNED = "warned"  # a broken rule below `--fail-on`, or one too new to fail a run
     DEVIATES = "deviates"  # a broken rule that the adopter's deviations file names
     SKIPPED = "skipped"  # does not apply here; `reason` says why
@@ -39,10 +39,11 @@ class Verdict:
 
     rule: Rule
     outcome: Outcome
-    reason: str = ""  # why it was skipped, unchecked, is only a warning, or deviates
+    reason: str = ""  # why it was skipped, unchecked, is only a warning, deviates, or is out of date
     finding: Finding | None = None
     num_examples: int = 0
     seconds: float = 0.0  # real time that the check took
+    is_out_of_date: bool = False  # nothing is broken but its entry in the deviations file, and that fails the run
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,11 @@ engine says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
+from conformance.catalogue import LEVELS
 from conformance.verdict import Finding, Outcome, Subject, SuiteRun, Verdict
 
 TITLES = {outcome: outcome.value for outcome in Outcome} | {
@@ -27,7 +30,9 @@ SYMBOLS = {
 }
 BROKEN = (Outcome.FAILED, Outcome.WARNED, Outcome.DEVIATES)
 CHECKED = (Outcome.PASSED, *BROKEN)
-_BINDING = ("MUST", "SHOULD")  # the other levels are reported only
+_FIRST_EVENTS, _LAST_EVENTS = 12, 8  # of a request, that are shown
+_EVENT = re.compile(r" *\d+\.\d+ s  ")
+_MAX_SENT = 1500  # characters of a request that are shown
 _MAX_NAMED = 5  # rules that a verdict line names before it says "and 3 more"
 
 
@@ -53,16 +58,15 @@ def sort_broken(verdicts: Iterable[Verdict]) -> list[Verdict]:
 
 
 def verdict_line(run: SuiteRun) -> str:
-    """The run in one sentence, such as "conforms: 70 MUST and 30 SHOULD rules hold"."""
+    """The run in one sentence, such as "conforms: 50 MUST, 26 SHOULD and 2 MAY rules hold"."""
     counts = count_outcomes(run.verdicts)
     if not any(counts[outcome] for outcome in CHECKED):
         return "nothing was checked: no rule was selected that applies here"
     by_outcome = {outcome: [v for v in run.verdicts if v.outcome is outcome] for outcome in CHECKED}
     if by_outcome[Outcome.FAILED]:
-        failed = by_outcome[Outcome.FAILED]
-        line = f"does not conform: {_count_levels(failed)} broken ({_name_rules(failed)})"
+        line = f"does not conform: {'; '.join(_name_failed(by_outcome[Outcome.FAILED]))}"
     else:
-        passed = [v for v in by_outcome[Outcome.PASSED] if v.rule.level in _BINDING]
+        passed = by_outcome[Outcome.PASSED]
         line = f"conforms: {_count_levels(passed)} {'holds' if len(passed) == 1 else 'hold'}"
     for outcome, one, many in (
         (Outcome.WARNED, "warning", "warnings"),
@@ -73,24 +77,56 @@ def verdict_line(run: SuiteRun) -> str:
     return line
 
 
+def _name_failed(failed: Sequence[Verdict]) -> Iterator[str]:
+    broken = [verdict for verdict in failed if not verdict.is_out_of_date]
+    old = [verdict for verdict in failed if verdict.is_out_of_date]
+    if broken:
+        yield f"{_count_levels(broken)} broken ({_name_rules(broken)})"
+    if old:
+        entries, are = ("1 entry", "is") if len(old) == 1 else (f"{len(old)} entries", "are")
+        yield f"{entries} of the deviations file {are} out of date ({_name_rules(old)})"
+
+
 def message_of(verdict: Verdict) -> str:
     """What was found, or else why there is nothing."""
     return verdict.finding.message if verdict.finding else verdict.reason
 
 
 def finding_sections(verdict: Verdict) -> list[tuple[str, str]]:
-    """All that is known of a broken rule, as headed blocks of text without empty ones."""
+    """What is known of a broken rule, as headed blocks of text without empty ones; only JSON has long ones uncut."""
     finding = verdict.finding or Finding(message=verdict.reason)
     sections = [
         ("Found", finding.message),
         (TITLES[verdict.outcome].capitalize() + " because", verdict.reason if verdict.finding else ""),
-        ("Sent", "\n".join(finding.sent)),
-        ("Transcript", "\n".join(finding.transcript)),
+        ("Sent", "\n".join(map(_cut_request, finding.sent))),
+        ("Transcript", "\n".join(_cut_transcript(finding.transcript))),
         ("Why", "\n".join(verdict.rule.sources)),
         ("Script", finding.script),
         ("Example", finding.example),
     ]
     return [(title, printable(text)) for title, text in sections if text.strip()]
+
+
+def _cut_request(text: str) -> str:
+    """Its beginning and end, with a remark on how long it is."""
+    if len(text) <= _MAX_SENT:
+        return text
+    half = _MAX_SENT // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} of {len(text):,} characters left out … {text[-half:]}"
+
+
+def _cut_transcript(lines: Sequence[str]) -> list[str]:
+    """The first and the last events of each request, and how many are between. Any other line begins a request."""
+    shown: list[str] = []
+    for is_event, group in groupby(lines, key=lambda line: bool(_EVENT.match(line))):
+        members = list(group)
+        num_hidden = len(members) - _FIRST_EVENTS - _LAST_EVENTS
+        if is_event and num_hidden > 0:
+            indent = " " * (len(members[0]) - len(members[0].lstrip()))
+            remark = f"{indent}… {count_noun(num_hidden, 'more event')} …"
+            members = [*members[:_FIRST_EVENTS], remark, *members[-_LAST_EVENTS:]]
+        shown += members
+    return shown
 
 
 def printable(text: str) -> str:
@@ -113,7 +149,7 @@ def count_noun(count: int, noun: str) -> str:
 
 
 def _count_levels(verdicts: Sequence[Verdict]) -> str:
-    counts = dict.fromkeys(_BINDING, 0)
+    counts = dict.fromkeys(LEVELS, 0)
     for verdict in verdicts:
         counts[verdict.rule.level] = counts.get(verdict.rule.level, 0) + 1
     words = [f"{count} {one_line(level)}" for level, count in counts.items() if count] or ["0"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conformance.catalogue import LEVELS
 from conformance.plugin import OPTIONS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "conformance.md").read_text(encoding="utf-8")
@@ -20,8 +21,9 @@ def section_between(begin: str, end: str) -> str:
 
 
 def promised(text: str) -> list[str]:
-    """The lines that are shown as output: indented, outside of code blocks."""
+    """The lines that are shown as output: indented, outside of code blocks; far to the right a line goes on."""
     outside = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    outside = re.sub(r"\n {20,}", " ", outside)
     return [line.strip() for line in outside.splitlines() if line.startswith("    ")]
 
 
@@ -77,3 +79,8 @@ def test_every_pytest_command_on_the_page_uses_options_that_there_are():
                 words = shlex.split(command, comments=True)
                 flags = {word.partition("=")[0] for word in words if word[0] == "-" and " " not in word}
                 assert flags <= {*OPTIONS, *own}, line
+
+
+def test_the_page_explains_every_level_that_a_verdict_may_name():
+    (explained,) = re.findall(r"^MUST: .*?Rules that do not apply", PAGE, re.MULTILINE | re.DOTALL)
+    assert all(level in explained for level in LEVELS)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import textwrap
 import tomllib
 from xml.etree import ElementTree
 
+import hypothesis
 import pytest
+
+from conformance.verdict_text import one_line
 
 pytest_plugins = ["pytester"]
 
 TOY = "conformance.selftest.toy:ToyEngine"
+CUT = f"{hypothesis.__version__}:AAFBAQ"  # not all of a blob
 MUTANTS = "conformance.selftest.mutants"
 
 # One engine with two faults: it ignores max_tokens, and its terminal chunk has no usage.
@@ -163,6 +168,27 @@ def test_a_printed_example_can_be_tried_again(pytester, run, talkative):
     assert second["finding"]["message"] == verdict["finding"]["message"]
 
 
+def test_the_printed_command_has_every_option_that_the_run_was_given(pytester, run, monkeypatch):
+    source = (
+        TALKATIVE
+        + """
+    @classmethod
+    async def from_args(cls, argv=None):
+        assert argv == ["--name", "a b"]
+        return await super().from_args([])
+"""
+    )
+    pytester.makepyfile(talkative=source)
+    monkeypatch.setenv("CONFORMANCE_ENGINE_CLOCK", "virtual")
+    given = ["--engine=talkative:Talkative", "--engine-args=--name 'a b'", "--engine-driver=plain"]
+    result = run(*given, "--engine-role=agg", "--rule=gen.max_tokens", "--max-examples=5")
+    (command,) = (line for line in said(result).splitlines() if line.strip().startswith("pytest --engine"))
+    words = shlex.split(command)
+    assert words[1:-1] == [*given, "--engine-role=agg", "--engine-clock=virtual", "--rule=gen.max_tokens"]
+    monkeypatch.delenv("CONFORMANCE_ENGINE_CLOCK")
+    run(*words[1:]).assert_outcomes(failed=1)
+
+
 def test_the_report_has_every_form(pytester, run, talkative):
     run(talkative, "--rule=gen.max_tokens,gen.index", "--max-examples=3", "--engine-report=out")
     names = {path.name for path in (pytester.path / "out").iterdir()}
@@ -237,6 +263,8 @@ def test_an_entry_that_no_longer_fails_is_an_error(pytester, run):
     result = run(f"--engine={TOY}", "--rule=gen.max_tokens", "--max-examples=3", known)
     result.assert_outcomes(failed=1)
     assert "gen.max_tokens holds" in said(result)
+    assert "does not conform: 1 entry of the deviations file is out of date (gen.max_tokens)" in one_line(said(result))
+    assert one_line(said(result)).count("all - 1 - - - -") == 1
 
 
 def test_an_entry_for_a_rule_that_is_not_checked_here_is_an_error(pytester, run):
@@ -244,6 +272,25 @@ def test_an_entry_for_a_rule_that_is_not_checked_here_is_an_error(pytester, run)
     result = run(f"--engine={TOY}", "--max-examples=2", "-k", "encode.terminal", known)
     result.assert_outcomes(failed=1, deselected=109)
     assert "matches nothing" in said(result)
+    assert "1 entry of the deviations file is out of date (encode.terminal)" in one_line(said(result))
+
+
+def test_a_selected_rule_that_is_skipped_makes_its_entry_out_of_date_and_one_that_is_not_selected_does_not(
+    pytester, run
+):
+    known = deviations(pytester, '["encode.terminal"]\nreason = "we do not encode"')
+    run(f"--engine={TOY}", "--rule=gen.index", "--max-examples=3", known).assert_outcomes(passed=1)
+    run(f"--engine={TOY}", "--rule=encode.*", known).assert_outcomes(failed=1, skipped=1)
+    other = deviations(pytester, '["encode.terminal"]\nreason = "we do not encode"\nrole = "encode"')
+    run(f"--engine={TOY}", "--rule=encode.*", other).assert_outcomes(skipped=2)
+
+
+def test_an_entry_pinned_under_another_hypothesis_is_out_of_date(pytester, run, talkative):
+    known = deviations(pytester, '["gen.max_tokens"]\nreason = "x"\nexample = "6.1.0:AAFBAQAAAA=="')
+    result = run(talkative, "--rule=gen.max_tokens", known)
+    result.assert_outcomes(failed=1)
+    assert "made by Hypothesis 6.1.0" in said(result)
+    assert "1 entry of the deviations file is out of date (gen.max_tokens)" in one_line(said(result))
 
 
 # Bad input: one line, before anything runs.
@@ -261,6 +308,7 @@ def test_an_entry_for_a_rule_that_is_not_checked_here_is_an_error(pytester, run)
         ([f"--engine={TOY}", "--engine-args='"], "*--engine-args*"),
         ([f"--engine={TOY}", "--deviations=none.toml"], "*none.toml*"),
         ([f"--engine={TOY}", "--example=x", "--rule=gen.n"], "*--example is 'x'; it must be RELEASE:BLOB*"),
+        ([f"--engine={TOY}", f"--example={CUT}", "--rule=gen.n"], f"*--example is '{CUT}'; Hypothesis * cannot read *"),
         ([f"--engine={TOY}", "--engine-role=cook"], "*invalid choice: 'cook'*"),
     ],
 )

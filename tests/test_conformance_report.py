@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conformance.suite_report import run_from_json, run_to_json, write_matrix, write_report
-from conformance.verdict import Outcome
+from conformance.transcript import Event, Transcript
+from conformance.verdict import Finding, Outcome
 from conformance.verdict_text import (
     BROKEN,
     COUNT_TITLES,
@@ -70,6 +72,35 @@ def test_printable_text_is_legal_everywhere_and_hides_nothing(text):
 def test_one_line_has_no_break_and_no_double_blank(text):
     assert one_line(text) == " ".join(one_line(text).split())
     assert one_line(text).isprintable()
+
+
+@given(numbers=st.lists(st.integers(0, 60), min_size=1, max_size=3))
+def test_of_each_request_the_first_and_last_events_are_shown_and_the_rest_is_counted(numbers):
+    lines, expected = [], []
+    for i, number in enumerate(numbers):
+        events = Transcript(f"r{i}", {}, [Event(k / 100, "chunk", {"index": k}) for k in range(number)]).lines()
+        lines += [f"r{i}:", *events]
+        between = [f"   … {number - 20} more event{'s' * (number > 21)} …"]
+        expected += [f"r{i}:", *(events if number <= 20 else [*events[:12], *between, *events[-8:]])]
+    verdict = replace(example_run().verdicts[0], outcome=Outcome.FAILED, finding=Finding("x", transcript=tuple(lines)))
+    assert dict(finding_sections(verdict))["Transcript"].splitlines() == expected
+
+
+def test_what_is_long_is_cut_in_every_form_but_json(folder):
+    request = json.dumps({"token_ids": list(range(1000))})
+    events = Transcript("r0", {}, [Event(0.0, "chunk", {"index": k}) for k in range(1000)]).lines()
+    finding = Finding("too much", sent=(request,), transcript=("r0:", *events))
+    run = example_run(cancel_mid=Outcome.FAILED)
+    run = replace(
+        run, verdicts=tuple(replace(v, finding=finding) if v.outcome is Outcome.FAILED else v for v in run.verdicts)
+    )
+    write_report(run, folder)
+    for name in ("junit.xml", "conformance.md", "conformance.html"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert "… 980 more events …" in text
+        assert f"… {len(request) - 1500:,} of {len(request):,} characters left out …" in text
+        assert "'index': 500" not in text
+    assert run_from_json(json.loads((folder / "conformance.json").read_text(encoding="utf-8"))) == run
 
 
 # JSON
@@ -313,8 +344,10 @@ def test_the_badge_has_the_count_the_colour_and_room_for_its_text(run, folder):
 
 def test_the_line_of_a_run():
     run = example_run()
-    must, should = (sum(v.rule.level == level for v in run.verdicts) for level in ("MUST", "SHOULD"))
-    assert verdict_line(run) == f"conforms: {must} MUST and {should} SHOULD rules hold"
+    found = Counter(verdict.rule.level for verdict in run.verdicts)
+    must, should, rest = found["MUST"], found["SHOULD"], "2 MAY, 1 WARN and 1 INFO rules hold"
+    assert must + should + 4 == len(run.verdicts)
+    assert verdict_line(run) == f"conforms: {must} MUST, {should} SHOULD, {rest}"
     run = example_run(cancel_mid=Outcome.FAILED, gen_usage_arith=Outcome.FAILED)
     assert verdict_line(run) == "does not conform: 2 MUST rules broken (gen.usage_arith, cancel.mid)"
     run = example_run(cancel_mid=Outcome.FAILED, gen_empty_prompt=Outcome.FAILED, gen_n=Outcome.WARNED)
@@ -323,10 +356,26 @@ def test_the_line_of_a_run():
     )
     run = example_run(gen_n=Outcome.DEVIATES, gen_empty_prompt=Outcome.DEVIATES)
     assert verdict_line(run) == (
-        f"conforms: {must} MUST and {should - 2} SHOULD rules hold; 2 known deviations (gen.n, gen.empty_prompt)"
+        f"conforms: {must} MUST, {should - 2} SHOULD, {rest}; 2 known deviations (gen.n, gen.empty_prompt)"
     )
     run = example_run(**dict.fromkeys((v.rule.id.replace(".", "_") for v in run.verdicts), Outcome.SKIPPED))
     assert verdict_line(run) == "nothing was checked: no rule was selected that applies here"
+
+
+def test_the_line_counts_entries_of_the_deviations_file_that_are_out_of_date_apart():
+    def with_old(run, *ids):
+        kept = (
+            replace(v, outcome=Outcome.FAILED, is_out_of_date=True) if v.rule.id in ids else v for v in run.verdicts
+        )
+        return replace(run, verdicts=tuple(kept))
+
+    assert verdict_line(with_old(example_run(), "gen.max_tokens")) == (
+        "does not conform: 1 entry of the deviations file is out of date (gen.max_tokens)"
+    )
+    assert verdict_line(with_old(example_run(cancel_mid=Outcome.FAILED), "gen.n", "gen.index")) == (
+        "does not conform: 1 MUST rule broken (cancel.mid); "
+        "2 entries of the deviations file are out of date (gen.index, gen.n)"
+    )
 
 
 @given(run=RUNS)

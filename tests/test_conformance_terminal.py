@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -71,17 +72,48 @@ def test_the_counts_are_the_run_s_area_by_area_and_in_all(run, width):
 
 @given(run=RUNS, width=WIDTHS)
 @QUICK
-def test_each_broken_rule_has_one_line_with_as_much_of_its_message_as_fits(run, width):
+def test_each_broken_rule_has_its_message_below_its_own_column_as_far_as_four_lines_go(run, width):
     lines = printed(print_summary, run, width).splitlines()
     for verdict in run.verdicts:
-        start = re.compile(rf"{TITLES[verdict.outcome]} +{verdict.rule.level} +{verdict.rule.id} *(.*)")
-        found = [match[1] for line in lines if (match := start.fullmatch(line))]
+        start = re.compile(rf"({TITLES[verdict.outcome]} +{verdict.rule.level} +{verdict.rule.id} *)(.*)")
+        found = [(i, match) for i, line in enumerate(lines) if (match := start.fullmatch(line))]
         if verdict.outcome not in BROKEN:
             assert found == []
             continue
-        (shown,) = found
-        message = one_line(message_of(verdict))
-        assert shown.rstrip() == message or (shown.endswith("…") and message.startswith(shown[:-1].rstrip()))
+        ((i, match),) = found
+        shown = [match[2]]
+        for line in lines[i + 1 :]:
+            if not line.startswith("    "):
+                break
+            shown.append(line)
+        shown = [line for line in shown if line.strip()]
+        assert len(shown) <= (1 if verdict.outcome is Outcome.DEVIATES else 4)
+        message, text = without_space(one_line(message_of(verdict))), without_space("".join(shown))
+        assert text == message or (text.endswith("…") and message.startswith(text[:-1]))
+
+
+def warned_run(message, rule_id="gen.usage_present"):
+    run = example_run(**{rule_id.replace(".", "_"): Outcome.WARNED})
+    finding = Finding(message)
+    kept = (replace(v, finding=finding) if v.outcome is Outcome.WARNED else v for v in run.verdicts)
+    return replace(run, verdicts=tuple(kept))
+
+
+def test_a_message_is_wrapped_below_itself_and_cut_after_the_fourth_line():
+    lines = printed(print_summary, warned_run("twelve chars " * 8), 80).splitlines()
+    (first,) = (i for i, line in enumerate(lines) if line.startswith("warning"))
+    assert lines[first] == "warning  SHOULD  gen.usage_present  twelve chars twelve chars twelve chars"
+    assert lines[first + 1].rstrip() == " " * 36 + "twelve chars twelve chars twelve chars"
+    assert "…" not in "".join(lines)
+    lines = printed(print_summary, warned_run("twelve chars " * 80), 80).splitlines()
+    assert [line.rstrip().endswith("…") for line in lines[first : first + 5]] == [False, False, False, True, False]
+
+
+def test_after_the_warnings_it_is_said_once_how_to_see_all_of_them():
+    hint = "All that was found for a warning: --fail-on should, or --engine-report DIR"
+    assert printed(print_summary, warned_run("none"), 80).splitlines().count(hint) == 1
+    assert "--fail-on" not in printed(print_summary, warned_run("none", "gen.determinism"), 80)
+    assert "All that was found" not in printed(print_summary, example_run(cancel_mid=Outcome.FAILED), 80)
 
 
 @given(run=RUNS, width=WIDTHS)
@@ -158,4 +190,7 @@ def test_the_example_comes_with_the_command_that_tries_it_again():
     finding = Finding("It went on.", example="6.100.0:AXicY2BgZGAAAAAVAAM=")
     text = format_finding(replace(verdict, finding=finding), "my_pkg:Engine")
     assert "pytest --engine=my_pkg:Engine --rule=cancel.mid --example=6.100.0:AXicY2BgZGAAAAAVAAM=\n" in text
+    text = format_finding(replace(verdict, finding=finding), "my_pkg:Engine", ["--engine-args=--model 'a b'"])
+    (command,) = (line for line in text.splitlines() if line.lstrip().startswith("pytest "))
+    assert shlex.split(command)[1:3] == ["--engine=my_pkg:Engine", "--engine-args=--model 'a b'"]
     assert "To reproduce" not in format_finding(replace(verdict, finding=Finding("It went on.")), "my_pkg:Engine")
