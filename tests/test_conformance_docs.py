@@ -62,7 +62,7 @@ def test_a_new_user_finds_what_the_walk_through_promises(tmp_path):
 
     status, printed = run(tmp_path, *pytest_words, "--engine=echo_engine:EchoEngine")
     assert status == 0
-    assert not missing(promised(section_between("The script is silent", "Two SHOULD rules")), printed)
+    assert not missing(promised(section_between("The script is silent", "Three SHOULD rules")), printed)
 
 
 def test_the_page_names_every_option_and_no_other():
