@@ -241,8 +241,13 @@ def holes() -> list[str]:
     with_mutant = {mutant.rule_id for mutant in mutants()}
     seen = " ".join(mutant.seen_in for mutant in mutants())
     issues = re.findall(r"[\w.-]+(?:/[\w.-]+)?#\d+", seen)
-    lines = [f"- no check: `{rule_id}`" for rule_id in load_catalogue() if rule_id not in {*checks(), *UNCHECKABLE}]
-    lines += [f"- no mutant for the rule `{rule_id}`" for rule_id in checks() if rule_id not in with_mutant]
+    rules, installed = load_catalogue(), version("ai-dynamo")
+    lines = [f"- no check: `{rule_id}`" for rule_id in rules if rule_id not in {*checks(), *UNCHECKABLE}]
+    lines += [
+        f"- no mutant for the rule `{rule_id}`"
+        for rule_id in checks()
+        if rule_id not in with_mutant and rules[rule_id].is_in_release(installed)
+    ]
     lines += [
         f"- no mutant for {wanted}"
         for wanted in (f"{project}#{number}" for project, numbers in _ISSUES.items() for number in numbers)

@@ -118,7 +118,9 @@ async def unknown(bench: Bench, draw: Draw) -> None:
     for stream in others[:1]:
         await stream.wait_chunks(place, bench.answer_within_s())
     await step_fraction(bench, fraction)
-    code = _unknown_code(alone, ids)
+    opened = [stream.transcript.request_id for stream in others]
+    ids += [near for one in opened[:1] for near in (one[:-1], f"{one}0") if near not in opened]
+    code = _unknown_code(alone, ids, (opened or ["beside"])[0])
     for request_id in ids:
         await _abort_nobody(bench, request_id, code, [stream.transcript for stream in others])
     beside = [await stream.finish(bench.answer_within_s()) for stream in others]
@@ -164,7 +166,7 @@ def unharmed_of(transcript: Transcript, alone: Transcript, ids: list[str], code:
     )
 
 
-def _unknown_code(alone: Transcript, ids: list[str]) -> str:
+def _unknown_code(alone: Transcript, ids: list[str], opened: str) -> str:
     return "\n".join(
         [
             "from dynamo._core import Context",
@@ -176,7 +178,7 @@ def _unknown_code(alone: Transcript, ids: list[str]) -> str:
             "        reason = chunk.get('finish_reason')",
             "    return reason",
             f"alone = await asyncio.wait_for(ask({alone.request_id!r}), 10)",
-            "beside = asyncio.ensure_future(ask('beside'))",
+            f"beside = asyncio.ensure_future(ask({opened!r}))",
             "await asyncio.sleep(0.001)",
             f"for request_id in {ids!r}:",
             "    await engine.abort(Context(request_id))",

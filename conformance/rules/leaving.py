@@ -95,7 +95,7 @@ def gives_one_chunk(bench: Bench) -> bool:
 
 def places(bench: Bench) -> st.SearchStrategy[int]:
     """After how many chunks something is done to a stream."""
-    return st.just(0) if gives_one_chunk(bench) else st.integers(0, 5)
+    return st.just(0) if gives_one_chunk(bench) else st.just(0) | st.integers(0, 5)
 
 
 async def step_fraction(bench: Bench, fraction: float) -> None:
