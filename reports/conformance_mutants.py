@@ -35,6 +35,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _TOY = "conformance.selftest.toy"
 _MUTANT_LIMIT_S = 120.0  # for one seed
 _CLEAN_LIMIT_S = 600.0  # for all rules with one seed
+_CLEAN = "## Correct engines"
 # Bugs of real engines that must have a mutant, as `seen_in` names them.
 _ISSUES = {
     "vllm": [19225, 29987, 14326],
@@ -303,8 +304,10 @@ def clean_line(clean: Clean, works: Sequence[Work]) -> tuple[str, list[str]]:
 def main() -> None:
     """Judge them all and write the page."""
     parser = argparse.ArgumentParser(description="Hold broken and correct engines against the conformance suite.")
-    parser.add_argument("--runs", type=int, default=3, help="seeds for each mutant (%(default)s)")
-    parser.add_argument("--clean-runs", type=int, default=20, help="seeds for each correct engine (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="seeds for each mutant; 0: leave them out (%(default)s)")
+    parser.add_argument(
+        "--clean-runs", type=int, default=20, help="seeds for each correct engine; 0: leave them out (%(default)s)"
+    )
     parser.add_argument("--area", action="append", metavar="AREA", help="only mutants of these areas, as in gen,err")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (%(default)s)")
     default = Path("reports/conformance-mutants.md")
@@ -321,7 +324,7 @@ def main() -> None:
     of_mutants = [
         (mutant, Work(mutant.name, judge_mutant, (mutant.name, mutant.rule_id, seeds), _MUTANT_LIMIT_S))
         for mutant in mutants()
-        if mutant.rule_id.partition(".")[0] in areas
+        if flags.runs and mutant.rule_id.partition(".")[0] in areas
     ]
     of_clean = {
         clean: [
@@ -350,30 +353,52 @@ def page(
     blamed: Sequence[str],
     seconds: float,
 ) -> list[str]:
-    """The lines of the whole page."""
-    num_survived = sum(has_survived for _, has_survived in mutant_lines)
-    num_elsewhere = sum("not in this release" in line for line, _ in mutant_lines)
-    num_judged = len(mutant_lines) - num_elsewhere
-    command = ["python", "reports/conformance_mutants.py", "--runs", str(flags.runs)]
-    command += ["--clean-runs", str(flags.clean_runs)]
-    command += ["--area", ",".join(flags.area)] if flags.area else []
+    """The lines of the whole page. A part that was not judged now stays as it is on the page that is there."""
+    there = flags.out.read_text(encoding="utf-8") if flags.out.exists() else ""
+    about_mutants = mutants_section(flags, mutant_lines, seconds) if flags.runs else _section("## Mutants", there)
+    about_clean = clean_section(flags, clean_lines, blamed, seconds) if flags.clean_runs else _section(_CLEAN, there)
     return [
         "# Broken engines and the rules that notice",
         "",
-        "```",
-        shlex.join(command),
-        "```",
+        *about_mutants,
+        *about_clean,
+        "## Holes",
         "",
-        f"mock-engine {version('mock-engine')}, commit {find_commit()}; ai-dynamo {version('ai-dynamo')}; "
-        f"hypothesis {version('hypothesis')}; Python {platform.python_version()}, {os.cpu_count()} cores, shared; "
-        f"{seconds / 60:.0f} min.",
+        *(holes() or ["None: every rule that is checked has a mutant, and so has every bug in the list."]),
         "",
-        f"{num_judged - num_survived} of {num_judged} mutants are noticed by the rule that names them with every one "
-        f"of {flags.runs} seeds; {num_elsewhere} are for rules that ai-dynamo {version('ai-dynamo')} does not have. "
-        f"{len(clean_lines)} correct engines, each with {flags.clean_runs} seeds and all rules: "
-        f"{len(blamed) or 'no'} findings.",
+    ]
+
+
+def _section(title: str, text: str) -> list[str]:
+    """The lines of one section of a page, its title among them."""
+    lines = text.splitlines()
+    begin = next((i for i, line in enumerate(lines) if line == title), len(lines))
+    end = next((i for i in range(begin + 1, len(lines)) if lines[i].startswith("## ")), len(lines))
+    return lines[begin:end]
+
+
+def _made_by(flags: argparse.Namespace, option: str, number: int, seconds: float) -> list[str]:
+    command = ["python", "reports/conformance_mutants.py", option, str(number)]
+    command += ["--area", ",".join(flags.area)] if flags.area else []
+    return [
+        f"`{shlex.join(command)}` at commit {find_commit()}; ai-dynamo {version('ai-dynamo')}, hypothesis "
+        f"{version('hypothesis')}, Python {platform.python_version()}, {os.cpu_count()} cores, shared; "
+        f"{seconds / 60:.0f} min for the whole command.",
         "",
+    ]
+
+
+def mutants_section(flags: argparse.Namespace, mutant_lines: Sequence[tuple[str, bool]], seconds: float) -> list[str]:
+    """The broken engines."""
+    num_survived = sum(has_survived for _, has_survived in mutant_lines)
+    num_elsewhere = sum("not in this release" in line for line, _ in mutant_lines)
+    num_judged = len(mutant_lines) - num_elsewhere
+    return [
         "## Mutants",
+        "",
+        *_made_by(flags, "--runs", flags.runs, seconds),
+        f"{num_judged - num_survived} of {num_judged} mutants are noticed by the rule that names them with every one "
+        f"of {flags.runs} seeds; {num_elsewhere} are for rules that ai-dynamo {version('ai-dynamo')} does not have.",
         "",
         "`examples`: how many it took with each seed, the one or two that confirm the finding included.",
         "",
@@ -381,9 +406,23 @@ def page(
         "|---|---|---|---|---|---|---|",
         *(line for line, _ in mutant_lines),
         "",
-        "## Correct engines",
+    ]
+
+
+def clean_section(
+    flags: argparse.Namespace,
+    clean_lines: Sequence[tuple[str, list[str]]],
+    blamed: Sequence[str],
+    seconds: float,
+) -> list[str]:
+    """The correct engines."""
+    return [
+        _CLEAN,
         "",
-        "Rules that are left out are for another role, release or capability, or cannot be checked.",
+        *_made_by(flags, "--clean-runs", flags.clean_runs, seconds),
+        f"{len(clean_lines)} correct engines, each with {flags.clean_runs} seeds and all rules: "
+        f"{len(blamed) or 'no'} findings. Rules that are left out are for another role, release or capability, or cannot "
+        "be checked.",
         "",
         "| engine | arguments | seeds | rules passed | left out | found |",
         "|---|---|--:|--:|--:|---|",
@@ -391,10 +430,6 @@ def page(
         "",
         *blamed,
         *([""] if blamed else []),
-        "## Holes",
-        "",
-        *(holes() or ["None: every rule that is checked has a mutant, and so has every bug in the list."]),
-        "",
     ]
 
 
