@@ -421,8 +421,8 @@ def clean_section(
         "",
         *_made_by(flags, "--clean-runs", flags.clean_runs, seconds),
         f"{len(clean_lines)} correct engines, each with {flags.clean_runs} seeds and all rules: "
-        f"{len(blamed) or 'no'} findings. Rules that are left out are for another role, release or capability, or cannot "
-        "be checked.",
+        f"{len(blamed) or 'no'} findings. Rules that are left out are for another role, release or capability, or "
+        "cannot be checked.",
         "",
         "| engine | arguments | seeds | rules passed | left out | found |",
         "|---|---|--:|--:|--:|---|",
