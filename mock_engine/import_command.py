@@ -46,18 +46,18 @@ def add_import_flags(parser: argparse.ArgumentParser) -> None:
     )
     steps.add_argument("path", type=Path, metavar="CSV", help="one row a step")
     _add_target_flags(steps, dtypes=tuple(WEIGHT_BYTES))
-    for source in (dynamo, steps):
-        source.add_argument("--backend", default="vllm", help="the engine that was measured (%(default)s)")
-        source.add_argument("--backend-version", metavar="VERSION", help="its version (default: not stated)")
-        source.add_argument("--source-name", metavar="TEXT", help="who measured, and where it is published")
-        source.add_argument("--source-version", metavar="TEXT", default="not stated", help="of that (%(default)s)")
-        source.add_argument("--licence", metavar="TEXT", default="not stated", help="of the figures (%(default)s)")
-
     splitwise = sources.add_parser("splitwise", help="a CSV file like Splitwise's perf_model.csv")
     splitwise.add_argument("path", type=Path, metavar="CSV", help="perf_model.csv")
     _add_target_flags(splitwise, dtypes=())
     splitwise.add_argument("--file-model", metavar="NAME", help="what the file calls the model (default: as Splitwise)")
     splitwise.add_argument("--file-hardware", metavar="NAME", help="and the GPU (default: as Splitwise)")
+
+    for source, engine in ((dynamo, "vllm"), (steps, "vllm"), (splitwise, "splitwise")):
+        source.add_argument("--backend", default=engine, help="the engine that was measured (%(default)s)")
+        source.add_argument("--backend-version", metavar="VERSION", help="its version (default: not stated)")
+        source.add_argument("--source-name", metavar="TEXT", help="who measured, and where it is published")
+        source.add_argument("--source-version", metavar="TEXT", default="not stated", help="of that (%(default)s)")
+        source.add_argument("--licence", metavar="TEXT", default="not stated", help="of the figures (%(default)s)")
 
     catalogue = sources.add_parser("catalogue", help="all that ships")
     catalogue.add_argument("--data", type=Path, required=True, metavar="DIR", help="where the published figures are")
@@ -122,30 +122,25 @@ def _import_one(flags: argparse.Namespace) -> Profile:
         return profile_import.import_kernel_tables(
             system, flags.model, flags.tp, flags.dtype, flags.backend, flags.out, engine_version=flags.backend_version
         )
+    measured = {
+        "system": system,
+        "model": flags.model,
+        "tp": flags.tp,
+        "engine": flags.backend,
+        "engine_version": flags.backend_version,
+    }
+    origin = (flags.source_name or flags.path.name, flags.source_version, flags.licence)
     if flags.source == "splitwise":
         return profile_import.import_splitwise(
             flags.path,
             flags.out,
-            system=system,
-            model=flags.model,
-            tp=flags.tp,
+            **measured,
             file_model=flags.file_model,
             file_hardware=flags.file_hardware,
+            origin=origin if flags.source_name else None,
         )
-    import_passes = {"dynamo": profile_import.import_dynamo_sweep, "steps": profile_import.import_step_rows}[
-        flags.source
-    ]
-    profile: Profile = import_passes(
-        flags.path,
-        flags.out,
-        system=system,
-        model=flags.model,
-        tp=flags.tp,
-        dtype=flags.dtype,
-        engine=flags.backend,
-        engine_version=flags.backend_version,
-        origin=(flags.source_name or flags.path.name, flags.source_version, flags.licence),
-    )
+    import_passes = {"dynamo": profile_import.import_dynamo_sweep, "steps": profile_import.import_step_rows}
+    profile: Profile = import_passes[flags.source](flags.path, flags.out, **measured, dtype=flags.dtype, origin=origin)
     return profile
 
 

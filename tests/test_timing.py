@@ -247,6 +247,7 @@ def test_a_point_left_out_is_found_again_by_its_neighbours(name):
         median, p95 = LEAVE_ONE_OUT[profile.tables, table]
         assert len(off) >= 10
         assert np.median(off) < median, table
+        assert profile.expected_error[table] == pytest.approx(np.median(off), abs=0.00006), table
         assert np.quantile(off, 0.95) < p95, table
 
 

@@ -28,7 +28,8 @@ from mock_engine.profile_import.facts import find_datasheet, find_model
 from mock_engine.profile_import.overhead import H100_VLLM
 from mock_engine.profile_import.writing import NO_OVERHEAD, Origin, Target, make_document, write_profile
 
-SOURCE_VERSION = "8f99e7d"
+SPLITWISE = ("Mutinifni/splitwise-sim, data/perf_model.csv", "8f99e7d", "MIT")
+ENGINE = "splitwise"
 OUTPUT_TOKENS = 128  # longer outputs are in the file, but do not add up there
 FILE_NAMES = {"llama-2-70b": "llama2-70b", "a100-sxm": "a100-80gb", "h100-sxm": "h100-80gb"}
 
@@ -44,11 +45,15 @@ def import_splitwise(
     tp: int = 8,
     file_model: str | None = None,
     file_hardware: str | None = None,
+    engine: str = ENGINE,
+    engine_version: str | None = None,
+    origin: tuple[str, str, str] | None = None,
 ) -> Profile:
     """
     Write the profile of `model` on `tp` GPUs and return it as loaded. Raises `ProfileError`.
 
     `file_model` and `file_hardware` are what the file calls the two, where that differs from Splitwise's names.
+    Without `origin` (source, its version, licence), the file is taken to be Splitwise's own.
     """
     gpu = system.replace("_", "-")
     model_name, known = find_model(model)
@@ -63,23 +68,26 @@ def import_splitwise(
         )
     variation = [statistics.stdev(ms) / statistics.mean(ms) for ms in prompt_ms.values() if len(ms) > 1]
     num_repeats = statistics.mode(len(ms) for ms in prompt_ms.values())
-    target = Target(
-        gpu, model_name, known, "splitwise", f"data {SOURCE_VERSION} (2023)", tp, "fp16", find_datasheet(gpu, "fp16")
-    )
+    version = engine_version or (f"data {SPLITWISE[1]} (2023)" if origin is None else "not stated")
+    target = Target(gpu, model_name, known, engine, version, tp, "fp16", find_datasheet(gpu, "fp16"))
+    is_splitwise = origin is None
+    source, source_version, licence = origin or SPLITWISE
+    file_name = "perf_model.csv" if is_splitwise else csv_path.name
     flags = f"--system {system} --model {model} --tp {tp}"
     flags += f" --file-model {file_model}" if file_model else ""
     flags += f" --file-hardware {file_hardware}" if file_hardware else ""
-    origin = Origin(
+    flags += f" --backend {engine}" if engine != ENGINE else ""
+    made = Origin(
         how_measured=(
-            f"A running engine of 2023 on {where[1].upper()}, one setting at a time, medians of "
+            f"A running engine{' of 2023' * is_splitwise} on {where[1].upper()}, one setting at a time, medians of "
             f"{num_repeats} repeats: prompt time of one prompt; token time over {OUTPUT_TOKENS} tokens of output, "
             "entered at the context half way. Batched prompts, slower there than one prompt of as many tokens, are "
-            "left out. A slow engine today."
+            f"left out.{' A slow engine today.' * is_splitwise}"
         ),
-        source="Mutinifni/splitwise-sim, data/perf_model.csv",
-        source_version=SOURCE_VERSION,
-        licence="MIT",
-        build_command=f"mock-engine profiles import splitwise perf_model.csv {flags}",
+        source=source,
+        source_version=source_version,
+        licence=licence,
+        build_command=f"mock-engine profiles import splitwise {file_name} {flags}",
     )
     timing: dict[str, float | str] = {
         **NO_OVERHEAD,
@@ -91,7 +99,7 @@ def import_splitwise(
         timing["jitter_source"] = (
             f"The {num_repeats} repeats of each prompt time, mean coefficient of variation over all settings."
         )
-    document = make_document(target, origin, "steps", timing)
+    document = make_document(target, made, "steps", timing)
     return write_profile(out_dir, document, {"prefill": _table("prefill", prefill), "decode": _table("decode", decode)})
 
 
