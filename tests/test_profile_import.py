@@ -376,6 +376,7 @@ def test_steps_come_back_from_the_profile_as_they_were_logged(prefill, decode):
 def test_repeated_steps_become_their_median_and_mixed_ones_are_left_out(tmp_path):
     rows = [(0, 4, 4000, ms) for ms in (9.0, 10.0, 11.0)] + [(0, 8, 8000, 12.0), (500, 0, 0, 30.0), (900, 0, 0, 45.0)]
     profile = import_steps(write_steps(tmp_path / "steps.csv", [*rows, (500, 4, 4000, 33.0)]), tmp_path)
+    assert profile.latency["decode"].points.tolist() == [[4, 1000], [8, 1000]]
     assert profile.latency["decode"].seconds.tolist() == [0.010, 0.012]
     assert profile.latency["prefill"].seconds.tolist() == [0.030, 0.045]
     assert profile.jitter_cv == pytest.approx(0.1)
