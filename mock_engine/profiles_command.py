@@ -110,6 +110,11 @@ def summarize(profile: Profile) -> dict[str, Any]:
         },
         "kv_blocks": num_blocks,
         "kv_tokens": num_blocks * profile.block_size,
+        "kv_capacity": (
+            f"reported by the engine at a utilization of {profile.measured_gpu_memory_utilization}"
+            if profile.measured_kv_blocks
+            else "computed from memory, weights and KV bytes a token"
+        ),
         "jitter_cv": profile.jitter_cv,
         "expected_error": profile.expected_error,
         "prefill_ms": {key: round(timing.step_s(load) * 1e3, 3) for key, load in prefills.items()},

@@ -11,6 +11,7 @@ import pytest
 
 from mock_engine.errors import ProfileError
 from mock_engine.profile import PROFILES_DIR, check_profile, list_profiles, load_profile
+from mock_engine.profiles_command import summarize
 from mock_engine.roofline import ModelShape
 
 H100_8B = "h100-sxm/llama-3.1-8b/vllm-tp1-bf16"
@@ -75,7 +76,10 @@ def test_a_shipped_profile_is_small():
     ],
 )
 def test_where_an_engine_reported_its_kv_blocks_that_number_counts(name, num_blocks):
-    assert load_profile(name).total_kv_blocks(0.9) == num_blocks
+    profile = load_profile(name)
+    assert profile.total_kv_blocks(0.9) == num_blocks
+    assert summarize(profile)["kv_capacity"] == "reported by the engine at a utilization of 0.9"
+    assert "computed" in summarize(load_profile(H100_8B))["kv_capacity"]
 
 
 def test_each_gpu_holds_one_kv_head_at_least():
