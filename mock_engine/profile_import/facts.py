@@ -1,26 +1,20 @@
 """
-What is known without measuring: model shapes, data sheets, engine defaults.
+What is known without measuring: models, data sheets, engine defaults, KV capacities that engines reported.
 
-Model shapes are those of the models' config.json. GPU figures are NVIDIA's data
+Models are figures of their public config.json. GPU figures are NVIDIA's data
 sheets, dense (no sparsity); memory is what CUDA reports, less than the 80 GB on
 the box: 79.10 GiB (H100 SXM) and 79.15 GiB (A100 SXM).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from mock_engine.errors import ProfileError
-from mock_engine.roofline import GpuDatasheet, ModelShape
-
-
-class Model(NamedTuple):
-    """A model as importers need it."""
-
-    shape: ModelShape
-    intermediate_size: int
-    max_model_len: int
-    hub_name: str  # its name on the model hub, by which sources know it
+from mock_engine.profile_import.model_config import Model, model_of_config, read_config
+from mock_engine.roofline import GpuDatasheet
 
 
 class EngineDefaults(NamedTuple):
@@ -31,21 +25,31 @@ class EngineDefaults(NamedTuple):
     max_num_batched_tokens: int
 
 
+def _known(
+    hub_name: str,
+    num_hidden_layers: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    intermediate_size: int,
+    vocab_size: int,
+    max_position_embeddings: int,
+    **more: Any,
+) -> Model:
+    """A model with 8 KV heads of 128."""
+    figures = {name: value for name, value in locals().items() if name not in ("hub_name", "more")}
+    return model_of_config({**figures, "num_key_value_heads": 8, "head_dim": 128, **more}, hub_name)
+
+
 MODELS = {
-    "llama-3.1-8b": Model(
-        ModelShape(8_030_261_248, 32, 4096, 32, 8, 128, 128_256), 14_336, 131_072, "meta-llama/Meta-Llama-3.1-8B"
-    ),
-    "llama-3.1-70b": Model(
-        ModelShape(70_553_706_496, 80, 8192, 64, 8, 128, 128_256), 28_672, 131_072, "meta-llama/Meta-Llama-3.1-70B"
-    ),
-    "llama-3.3-70b": Model(
-        ModelShape(70_553_706_496, 80, 8192, 64, 8, 128, 128_256), 28_672, 131_072, "nvidia/Llama-3.3-70B-Instruct-FP8"
-    ),
-    "llama-2-70b": Model(
-        ModelShape(68_976_648_192, 80, 8192, 64, 8, 128, 32_000), 28_672, 4_096, "meta-llama/Llama-2-70b"
-    ),
-    "codellama-34b": Model(
-        ModelShape(33_743_970_304, 48, 8192, 64, 8, 128, 32_000), 22_016, 16_384, "codellama/CodeLlama-34b"
+    "llama-3.1-8b": _known("meta-llama/Meta-Llama-3.1-8B", 32, 4096, 32, 14_336, 128_256, 131_072),
+    "llama-3.1-70b": _known("meta-llama/Meta-Llama-3.1-70B", 80, 8192, 64, 28_672, 128_256, 131_072),
+    "llama-3.3-70b": _known("nvidia/Llama-3.3-70B-Instruct-FP8", 80, 8192, 64, 28_672, 128_256, 131_072),
+    "llama-2-70b": _known("meta-llama/Llama-2-70b", 80, 8192, 64, 28_672, 32_000, 4_096),
+    "codellama-34b": _known("codellama/CodeLlama-34b", 48, 8192, 64, 22_016, 32_000, 16_384),
+    "qwen3-14b": _known("Qwen/Qwen3-14B", 40, 5120, 40, 17_408, 151_936, 40_960, model_type="qwen3"),
+    "qwen3-32b": _known("Qwen/Qwen3-32B", 64, 5120, 64, 25_600, 151_936, 40_960, model_type="qwen3"),
+    "mixtral-8x7b": _known(
+        "mistralai/Mixtral-8x7B-v0.1", 32, 4096, 32, 14_336, 32_000, 32_768, num_local_experts=8, num_experts_per_tok=2
     ),
 }
 
@@ -54,25 +58,61 @@ _A100 = GpuDatasheet(312e12, 2.039e12, 84.99e9, 300e9)
 
 DATASHEETS = {
     ("h100-sxm", "bf16"): _H100,
+    ("h100-sxm", "fp16"): _H100,
     ("h100-sxm", "fp8"): GpuDatasheet(1979e12, _H100.memory_bytes_per_s, _H100.memory_bytes, _H100.nvlink_bytes_per_s),
     ("a100-sxm", "bf16"): _A100,
     ("a100-sxm", "fp16"): _A100,
 }
 
-# vLLM 0.24, EngineArgs.get_batch_defaults, API server: cards of 70 GiB or more, but not the A100, get larger batches.
-VLLM_DEFAULTS = {"h100-sxm": EngineDefaults(16, 1024, 8192), "a100-sxm": EngineDefaults(16, 256, 2048)}
+# KV blocks of 16 tokens that vLLM reported at a gpu_memory_utilization of 0.9, the first with 8,192 batched tokens:
+# read off published runs (inference-sim/inference-sim, branch stepml-experiments 9293b222, Apache-2.0).
+REPORTED_KV_BLOCKS = {
+    ("h100-sxm", "llama-3.1-70b", "vllm", 4, "bf16"): 30_251,
+    ("h100-sxm", "llama-2-70b", "vllm", 4, "bf16"): 31_356,
+    ("h100-sxm", "codellama-34b", "vllm", 2, "bf16"): 26_602,
+}
+REPORTED_AT_UTILIZATION = 0.9
 
 
-def find_model(name: str) -> Model:
-    """The model of that name. Raises `ProfileError`."""
-    if name not in MODELS:
-        raise ProfileError(f"no model {name!r} is known to the importer; known are {', '.join(MODELS)}")
-    return MODELS[name]
+def engine_defaults(engine: str, gpu: str, memory_bytes: float) -> EngineDefaults:
+    """
+    Defaults of an engine on a GPU; those of vLLM for an engine that is not known.
+
+    vLLM 0.24, EngineArgs.get_batch_defaults, API server: cards of 70 GiB or more, but not the A100, get larger
+    batches. TensorRT-LLM 1.3, KvCacheConfig and BuildConfig. SGLang 0.5, ServerArgs: chunks grow with memory, and
+    2,048 is the least that it allows to run at once; a block is 16 tokens, as Dynamo's examples set it, not SGLang's 1.
+    """
+    if engine == "trtllm":
+        return EngineDefaults(32, 2048, 8192)
+    if engine == "splitwise":
+        return EngineDefaults(16, 256, 4096)
+    if engine == "sglang":
+        gib = memory_bytes / 2**30
+        return EngineDefaults(16, 2048, 2048 if gib < 35 else 4096 if gib < 60 else 8192 if gib < 160 else 16_384)
+    is_large = memory_bytes >= 70 * 2**30 and not gpu.startswith("a100")
+    return EngineDefaults(16, 1024, 8192) if is_large else EngineDefaults(16, 256, 2048)
+
+
+def find_model(name: str) -> tuple[str, Model]:
+    """
+    The model of that name or in that file or folder, and the name it goes by in a profile. Raises `ProfileError`.
+    """
+    if name in MODELS:
+        return name, MODELS[name]
+    path = Path(name)
+    if not path.exists():
+        raise ProfileError(
+            f"no model {name!r} is known to the importer, nor is there such a file; known are {', '.join(MODELS)}. "
+            "Name one of them, or a config.json."
+        )
+    folder = path if path.is_dir() else path.parent
+    stem = folder.resolve().name if path.is_dir() or path.name == "config.json" else path.stem
+    return re.sub(r"[^a-z0-9.]+", "-", stem.lower()).strip("-.") or "model", read_config(path)
 
 
 def find_datasheet(gpu: str, dtype: str) -> GpuDatasheet:
     """The GPU's figures for arithmetic in that dtype. Raises `ProfileError`."""
     if (gpu, dtype) not in DATASHEETS:
         known = ", ".join(f"{gpu} {dtype}" for gpu, dtype in DATASHEETS)
-        raise ProfileError(f"no data sheet for {gpu} in {dtype}; known are {known}")
+        raise ProfileError(f"no data sheet for {gpu} in {dtype}; known are {known}. Use one of them.")
     return DATASHEETS[gpu, dtype]

@@ -1,69 +1,140 @@
 """
-A profile on its way to disk: `write_profile` writes the folder and reads it back.
+A profile on its way to disk.
+
+    document = make_document(target, origin, "steps", timing)
+    write_profile(out_dir, document, tables)        writes the folder and reads it back
+
+`Target` is what a profile is of, `Origin` where its figures come from. What can be
+told from the tables is added here: by how much a point left out is missed.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from mock_engine.errors import ProfileError
 from mock_engine.latency_table import LatencyTable, write_table
 from mock_engine.profile import Profile, load_profile
-from mock_engine.profile_import.facts import EngineDefaults, find_datasheet, find_model
-
-BUILD_COMMAND = "python -m mock_engine.profile_import --all --data DIR --out profiles"
+from mock_engine.profile_import.accuracy import leave_one_out
+from mock_engine.profile_import.facts import REPORTED_AT_UTILIZATION, REPORTED_KV_BLOCKS, engine_defaults
+from mock_engine.profile_import.model_config import Model
+from mock_engine.roofline import GpuDatasheet, ModelShape
 
 Document = dict[str, Any]
 
 
+class Target(NamedTuple):
+    """What a profile is of."""
+
+    gpu: str
+    model_name: str
+    model: Model
+    engine: str
+    engine_version: str
+    tp: int
+    dtype: str
+    datasheet: GpuDatasheet
+
+    @property
+    def key(self) -> tuple[str, str, str, int, str]:
+        """By which facts about a deployment are looked up."""
+        return self.gpu, self.model_name, self.engine, self.tp, self.dtype
+
+
+class Origin(NamedTuple):
+    """Where a profile's figures come from; a person reads it."""
+
+    how_measured: str
+    source: str
+    source_version: str
+    licence: str
+    build_command: str
+
+
+NO_OVERHEAD: dict[str, float | str] = {
+    "overhead_step_s": 0.0,
+    "overhead_per_seq_s": 0.0,
+    "overhead_source": "None added: whole passes were measured.",
+}
+
+
 def make_document(
-    *,
-    gpu: str,
-    model: str,
-    engine: str,
-    engine_version: str,
-    tp: int,
-    dtype: str,
+    target: Target,
+    origin: Origin,
     tables: str,
-    defaults: EngineDefaults,
-    source: dict[str, str],
     timing: dict[str, float | str],
+    *,
+    is_measured: bool = True,
+    kv_blocks: int | None = None,
 ) -> Document:
-    """profile.toml as nested dictionaries. Raises `ProfileError` for a model or GPU without known figures."""
-    known = find_model(model)
-    return {
-        "gpu": gpu,
-        "model": model,
-        "engine": engine,
-        "engine_version": engine_version,
-        "tp": tp,
-        "dtype": dtype,
+    """
+    profile.toml as nested dictionaries. `kv_blocks` is what the engine itself reported at its default
+    utilization; without it, what `facts` knows.
+    """
+    defaults = engine_defaults(target.engine, target.gpu, target.datasheet.memory_bytes)
+    document: Document = {
+        "gpu": target.gpu,
+        "model": target.model_name,
+        "engine": target.engine,
+        "engine_version": target.engine_version,
+        "tp": target.tp,
+        "dtype": target.dtype,
         "tables": tables,
-        "is_measured": True,
-        "source": {**source, "build_command": BUILD_COMMAND},
+        "is_measured": is_measured,
+        "source": origin._asdict(),
         "engine_defaults": {
             "block_size": defaults.block_size,
-            "max_model_len": known.max_model_len,
+            "max_model_len": target.model.max_model_len,
             "max_num_seqs": defaults.max_num_seqs,
             "max_num_batched_tokens": defaults.max_num_batched_tokens,
         },
         "timing": timing,
-        "model_shape": asdict(known.shape),
-        "gpu_datasheet": asdict(find_datasheet(gpu, dtype)),
     }
+    kv_blocks = kv_blocks or REPORTED_KV_BLOCKS.get(target.key)
+    if kv_blocks:
+        document["kv_cache"] = {
+            "measured_kv_blocks": kv_blocks,
+            "measured_gpu_memory_utilization": REPORTED_AT_UTILIZATION,
+        }
+    return document | {"model_shape": _shape(target.model.shape), "gpu_datasheet": asdict(target.datasheet)}
 
 
 def write_profile(out_dir: Path, document: Document, tables: dict[str, LatencyTable]) -> Profile:
-    """Write a profile below `out_dir`, in the folder that its name says, and load it. Raises `ProfileError`."""
-    variant = f"{document['engine']}-tp{document['tp']}-{document['dtype']}"
-    folder = out_dir / document["gpu"] / document["model"] / variant
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "profile.toml").write_text(_toml(document), encoding="utf-8")
-    for name, table in tables.items():
-        write_table(folder / f"{name}.csv", table)
+    """
+    Write a profile below `out_dir`, in the folder that its name says, and load it. Raises `ProfileError`,
+    with nothing written, if the model does not fit the GPUs.
+
+    Where the engine's own context length would not fit the KV cache, its default becomes what does.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / "profile"
+        built.mkdir()
+        for name, table in tables.items():
+            write_table(built / f"{name}.csv", table)
+        (built / "profile.toml").write_text(_toml(document), encoding="utf-8")
+        try:
+            profile = load_profile(built)
+        except ProfileError as error:
+            raise ProfileError(str(error).replace(f"{built}/", "the profile would be wrong: ")) from None
+        kv_tokens = profile.total_kv_blocks() * profile.block_size
+        if kv_tokens < profile.max_model_len:
+            document["engine_defaults"]["max_model_len"] = kv_tokens // 1024 * 1024 or kv_tokens
+        document["expected_error"] = leave_one_out(profile)
+        (built / "profile.toml").write_text(_toml(document), encoding="utf-8")
+        folder = out_dir / profile.name
+        shutil.copytree(built, folder, dirs_exist_ok=True)
     return load_profile(folder)
+
+
+def _shape(shape: ModelShape) -> dict[str, int]:
+    """A model's shape without what only others have."""
+    usual = {name: field.default for name, field in ModelShape.__dataclass_fields__.items()}
+    return {name: value for name, value in asdict(shape).items() if value != usual[name]}
 
 
 def _toml(document: Document) -> str:
