@@ -1,9 +1,7 @@
 """
-What is known without measuring: model shapes, data sheets, engine defaults.
+What is known without measuring: model shapes, engine defaults; data sheets are in `gpu_datasheets`.
 
-Model shapes are those of the models' config.json. GPU figures are NVIDIA's data
-sheets, dense (no sparsity); memory is what CUDA reports, less than the 80 GB on
-the box: 79.10 GiB (H100 SXM) and 79.15 GiB (A100 SXM).
+Model shapes are those of the models' config.json.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mock_engine.errors import ProfileError
+from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.roofline import GpuDatasheet, ModelShape
 
 
@@ -47,16 +46,6 @@ MODELS = {
     "codellama-34b": Model(
         ModelShape(33_743_970_304, 48, 8192, 64, 8, 128, 32_000), 22_016, 16_384, "codellama/CodeLlama-34b"
     ),
-}
-
-_H100 = GpuDatasheet(989e12, 3.35e12, 84.93e9, 450e9)
-_A100 = GpuDatasheet(312e12, 2.039e12, 84.99e9, 300e9)
-
-DATASHEETS = {
-    ("h100-sxm", "bf16"): _H100,
-    ("h100-sxm", "fp8"): GpuDatasheet(1979e12, _H100.memory_bytes_per_s, _H100.memory_bytes, _H100.nvlink_bytes_per_s),
-    ("a100-sxm", "bf16"): _A100,
-    ("a100-sxm", "fp16"): _A100,
 }
 
 # vLLM 0.24, EngineArgs.get_batch_defaults, API server: cards of 70 GiB or more, but not the A100, get larger batches.
