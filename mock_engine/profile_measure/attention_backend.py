@@ -22,13 +22,14 @@ _IN_ORDER = {
 
 
 class AttentionBackend:
-    """The choice, made once: `attempt` runs a little attention and raises if the kernel cannot do it."""
+    """Torch's own choice until `choose` makes another."""
 
-    def __init__(self, attempt: Callable[[], None], device: str) -> None:
+    def __init__(self) -> None:
         self.how = "torch's own choice of attention"
         self._backend: SDPBackend | None = None
-        if device != "cuda":
-            return
+
+    def choose(self, attempt: Callable[[], None]) -> None:
+        """Take the first kernel with which `attempt` runs; it does a little attention within `only`."""
         for how, backend in _IN_ORDER.items():
             self.how, self._backend = f"torch's {how}", backend
             with warnings.catch_warnings(), contextlib.suppress(RuntimeError):

@@ -56,7 +56,7 @@ def points_at(limits: Limits, kv_tokens: int, level: int) -> list[Point]:
     ]
     for batch_size in axis(1, limits.max_num_seqs, level):
         longest_fitting = min(longest, kv_tokens // batch_size)
-        for context_tokens in axis(min(MIN_CONTEXT_TOKENS, longest), longest, level):
+        for context_tokens in axis(min(MIN_CONTEXT_TOKENS, longest // 2), longest, level):
             if context_tokens <= longest_fitting:
                 points.append(Point("decode_attention", (batch_size, context_tokens)))
     return points + [Point("step", load=load) for load in _whole_passes(limits, kv_tokens, level)]

@@ -5,7 +5,8 @@ How long a piece of work takes, over and over.
 
 `GpuTimer`: CUDA events around replays of a CUDA graph. Before each replay a buffer of four times the L2 cache is
 written, so that weights and KV cache come from memory, as in a pass, where those of all other layers went by in
-between. That also keeps the GPU busy while the host launches the graph: launching is not in the time.
+between. It is written several times over, which keeps the GPU busy while the host launches the graph: launching is
+not in the time.
 `CpuTimer`: the host's clock, no graph; the cache is emptied as well.
 """
 
@@ -21,6 +22,7 @@ from mock_engine.profile_measure.measuring import Work
 _MAX_POINT_S = 1.0  # a point of slow passes is repeated less often...
 _MIN_REPEATS = 5  # ...but so often
 _WARM_UPS = 2
+_FLUSHES = 5  # some 50 us each
 
 
 def repeats_for(first_s: float, repeats: int) -> int:
@@ -56,7 +58,8 @@ class GpuTimer:
 
     def _replay_s(self, graph: torch.cuda.CUDAGraph) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        self._flushed.zero_()
+        for _ in range(_FLUSHES):
+            self._flushed.zero_()
         start.record()
         graph.replay()
         end.record()

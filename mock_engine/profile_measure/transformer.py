@@ -67,7 +67,9 @@ class RandomTransformer:
         self._final_norm = self._ones(shape.hidden_size)
         self._layers = [self._random_layer(kv_tokens) for _ in range(shape.num_layers)]
         self.elementwise = Elementwise(config, is_compiled=device == "cuda")
-        self.attention_backend = AttentionBackend(self._try_attention, device)
+        self.attention_backend = AttentionBackend()
+        if device == "cuda":
+            self.attention_backend.choose(self.try_attention)
         self.elementwise.settle(self.linear(min(4, kv_tokens), 1))
 
     def linear(self, tokens: int, num_layers: int) -> Work:
@@ -196,7 +198,7 @@ class RandomTransformer:
         kv = layer.kv[start : start + batch_size * length].view(batch_size, length, *layer.kv.shape[1:])
         return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
 
-    def _try_attention(self) -> None:
+    def try_attention(self) -> None:
         """Both kinds of attention on a few tokens; raises what torch raises."""
         layer = self._layers[0]
         with torch.no_grad():
