@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="measuring runs its passes with torch")
 
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
 from mock_engine.cli import main  # noqa: E402
 from mock_engine.errors import ConfigError  # noqa: E402
 from mock_engine.profile import load_profile  # noqa: E402
@@ -22,7 +25,7 @@ from mock_engine.profile_measure.attention_backend import AttentionBackend  # no
 from mock_engine.profile_measure.elementwise import Elementwise  # noqa: E402
 from mock_engine.profile_measure.model_config import read_config  # noqa: E402
 from mock_engine.profile_measure.settings import MeasureSettings  # noqa: E402
-from mock_engine.profile_measure.transformer import RandomTransformer  # noqa: E402
+from mock_engine.profile_measure.transformer import RandomTransformer, causal_mask  # noqa: E402
 from mock_engine.step import PrefillChunk, StepLoad  # noqa: E402
 from tests.test_cli import complain  # noqa: E402
 
@@ -75,7 +78,7 @@ def test_prefill_attention_sees_all_that_is_past_and_what_is_new_up_to_itself(mo
     layer, queries = model._layers[1], model._queries(new)
     keys, values = layer.kv[start : start + past + new].unbind(1)
     seen = torch.arange(past + new) <= torch.arange(new)[:, None] + past
-    attended = model._attend_chunk(layer, queries, start, past)
+    attended = model._attend_chunk(layer, queries, start, past, causal_mask(new, past))
     torch.testing.assert_close(attended.float(), plain_attention(queries, keys, values, seen), atol=0.03, rtol=0.03)
 
 
@@ -142,6 +145,36 @@ def test_parts_run_as_many_layers_as_asked_for_each_with_its_own_weights_and_cac
         assert len(model.prefill_attention(4, 3, num_layers)()) == num_layers
         assert len(model.decode_attention(4, 3, num_layers)()) == num_layers
     assert model.head(5)().shape == (5,)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        StepLoad((PrefillChunk(20, 0),), 0, 0),
+        StepLoad((PrefillChunk(20, 30),), 0, 0),
+        StepLoad((), 6, 6 * 11),
+        StepLoad((PrefillChunk(9, 3), PrefillChunk(17, 0)), 4, 4 * 8),
+    ],
+)
+def test_a_whole_pass_does_the_arithmetic_of_its_parts_no_more_and_no_less(model, config, load):
+    """Operations of matrix products and attention, as torch counts them."""
+
+    def count(*works):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the one whose products it sees
+            for work in works:
+                work()
+        return counter.get_total_flops()
+
+    num_layers, batch_size = config.shape.num_layers, load.decode_batch_size
+    parts = [model.linear(load.num_tokens, num_layers), model.head(len(load.prefill_chunks) + batch_size)]
+    attention = [model.prefill_attention(*chunk, num_layers) for chunk in load.prefill_chunks]
+    if batch_size:
+        attention.append(model.decode_attention(batch_size, load.context_tokens // batch_size, num_layers))
+    assert count(*attention) > 0
+    assert count(model.step(load)) == count(*parts, *attention)
+    layer_params = config.shape.num_layer_params - config.shape.hidden_size  # norms multiply no matrices
+    norms_and_biases = num_layers * (2 * 32 + 2 * 16 + 8 * 16)
+    assert count(parts[0]) == 2 * load.num_tokens * (layer_params - norms_and_biases)
 
 
 def test_element_wise_kernels_are_those_of_the_model(config):

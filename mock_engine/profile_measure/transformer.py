@@ -90,9 +90,9 @@ class RandomTransformer:
 
     def prefill_attention(self, new_tokens: int, past_tokens: int, num_layers: int) -> Work:
         """Causal attention of one sequence in the first `num_layers` layers."""
-        queries = self._queries(new_tokens)
+        queries, mask = self._queries(new_tokens), causal_mask(new_tokens, past_tokens)
         return _without_gradients(
-            lambda: [self._attend_chunk(layer, queries, 0, past_tokens) for layer in self._layers[:num_layers]]
+            lambda: [self._attend_chunk(layer, queries, 0, past_tokens, mask) for layer in self._layers[:num_layers]]
         )
 
     def decode_attention(self, batch_size: int, context_tokens: int, num_layers: int) -> Work:
@@ -107,6 +107,7 @@ class RandomTransformer:
         batch_size = load.decode_batch_size
         context = load.context_tokens // batch_size if batch_size else 0
         starts = [0, *accumulate(chunk.new_tokens + chunk.past_tokens for chunk in load.prefill_chunks)]
+        masks = [causal_mask(*chunk) for chunk in load.prefill_chunks]
         places, positions, last_rows, num_rows = [], [], [], 0
         for start, chunk in zip(starts, load.prefill_chunks, strict=False):
             positions.append(torch.arange(chunk.past_tokens, chunk.past_tokens + chunk.new_tokens))
@@ -120,9 +121,9 @@ class RandomTransformer:
 
         def attend(layer: _Layer, queries: Tensor) -> Tensor:
             found, row = [], 0
-            for start, chunk in zip(starts, load.prefill_chunks, strict=False):
+            for start, chunk, mask in zip(starts, load.prefill_chunks, masks, strict=False):
                 rows = queries[row : row + chunk.new_tokens]
-                found.append(self._attend_chunk(layer, rows, start, chunk.past_tokens))
+                found.append(self._attend_chunk(layer, rows, start, chunk.past_tokens, mask))
                 row += chunk.new_tokens
             if batch_size:
                 found.append(self._attend_decode(layer, queries[row:], starts[-1], context))
@@ -168,11 +169,11 @@ class RandomTransformer:
         _, normed = self.elementwise.add_norm(x, delta, self._final_norm)
         return F.linear(normed, self._head).float().argmax(-1)
 
-    def _attend_chunk(self, layer: _Layer, queries: Tensor, start: int, past_tokens: int) -> Tensor:
+    def _attend_chunk(
+        self, layer: _Layer, queries: Tensor, start: int, past_tokens: int, mask: Tensor | None
+    ) -> Tensor:
         """`queries` follow `past_tokens` of their sequence, which begins at `start` in the cache."""
-        new_tokens = queries.shape[0]
-        keys, values = self._cached(layer, start, 1, past_tokens + new_tokens)
-        mask = causal_lower_right(new_tokens, past_tokens + new_tokens) if past_tokens else None
+        keys, values = self._cached(layer, start, 1, past_tokens + queries.shape[0])
         with self.attention_backend.only():
             attended = F.scaled_dot_product_attention(
                 queries.transpose(0, 1).unsqueeze(0),
@@ -202,8 +203,8 @@ class RandomTransformer:
         """Both kinds of attention on a few tokens; raises what torch raises."""
         layer = self._layers[0]
         with torch.no_grad():
-            self._attend_chunk(layer, self._queries(1), 0, 1)
-            self._attend_chunk(layer, self._queries(2), 0, 0)
+            self._attend_chunk(layer, self._queries(1), 0, 1, causal_mask(1, 1))
+            self._attend_chunk(layer, self._queries(2), 0, 0, None)
             self._attend_decode(layer, self._queries(1), 0, 2)
 
     def _random_layer(self, kv_tokens: int) -> _Layer:
@@ -241,6 +242,11 @@ class RandomTransformer:
         frequencies = self._config.rope_theta ** (-torch.arange(half, device=self._device, dtype=torch.float32) / half)
         angles = (positions[:, None].float() * frequencies).unsqueeze(1)
         return angles.cos().to(self._dtype), angles.sin().to(self._dtype)
+
+
+def causal_mask(new_tokens: int, past_tokens: int) -> Tensor | None:
+    """What torch wants for new tokens that see all past ones; None without past: it knows that one by a flag."""
+    return causal_lower_right(new_tokens, past_tokens + new_tokens) if past_tokens else None
 
 
 def _without_gradients(work: Work) -> Work:
