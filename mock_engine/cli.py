@@ -129,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_measure_flags(measure)
     for name, action in (("list", list_), ("show", show), ("check", check), ("measure", measure)):
-        _add_json_flag(action, "write the same there, for machines")
+        _add_json_flag(
+            action, "write every repeat there" if action is measure else "write the same there, for machines"
+        )
         action.set_defaults(run=_profiles, action=name)
     return parser
 

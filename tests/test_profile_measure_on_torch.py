@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import subprocess
 from pathlib import Path
@@ -14,15 +15,18 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="measuring runs its passes with torch")
 
+from rich.console import Console  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from mock_engine.cli import main  # noqa: E402
+from mock_engine.cli import main, parse  # noqa: E402
 from mock_engine.errors import ConfigError  # noqa: E402
 from mock_engine.profile import load_profile  # noqa: E402
 from mock_engine.profile_measure import gpus, timers  # noqa: E402
 from mock_engine.profile_measure.attention_backend import AttentionBackend  # noqa: E402
+from mock_engine.profile_measure.command import measure_command  # noqa: E402
 from mock_engine.profile_measure.elementwise import Elementwise  # noqa: E402
+from mock_engine.profile_measure.grid import NUM_LEVELS  # noqa: E402
 from mock_engine.profile_measure.model_config import read_config  # noqa: E402
 from mock_engine.profile_measure.settings import MeasureSettings  # noqa: E402
 from mock_engine.profile_measure.transformer import RandomTransformer, causal_mask  # noqa: E402
@@ -360,6 +364,26 @@ def test_memory_that_runs_out_is_one_line(capsys, folder, tmp_path, monkeypatch)
     assert status == 2
     assert "ran out of memory, though" in captured.err
     assert captured.err.count("\n") == 1
+
+
+class SteadyTimer:
+    """Runs each piece of work once; all take as long."""
+
+    def time(self, work, repeats):
+        work()
+        return [1e-3] * repeats
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is_and_goes_away(folder, tmp_path):
+    screen = io.StringIO()
+    argv = ["profiles", "measure", "--model", str(folder), "--out", str(tmp_path / "p"), *ON_CPU, "--repeats", "3"]
+    console = Console(file=screen, force_terminal=True, width=150)
+    assert measure_command(parse(argv), console, make_timer=lambda _device: SteadyTimer()) == 0
+    assert f"grid {NUM_LEVELS} of {NUM_LEVELS}" in screen.getvalue()
+    profile = load_profile(tmp_path / "p")
+    assert profile.jitter_cv == 0
+    assert set(profile.latency["head"].seconds) == {1e-3}
+    assert profile.overhead_step_s == 0  # all that takes as long as each of its parts is missing nothing
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

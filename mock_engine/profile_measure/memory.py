@@ -55,7 +55,7 @@ def plan_memory(config: ModelConfig, limits: Limits, free_bytes: int, what: str)
             f"{config.name} needs {_gb(needed_bytes)}: weights {_gb(weights_bytes)}, working space "
             f"{_gb(workspace_bytes)}, KV cache of {least_tokens:,} tokens {_gb(least_tokens * token_bytes)}; of "
             f"{_gb(free_bytes)} free {what} {USABLE_SHARE:.0%} are used, {_gb(usable_bytes)}. "
-            "Lower --max-model-len and --max-num-batched-tokens, or name a smaller model."
+            "Lower --max-model-len, --max-num-batched-tokens and --max-num-seqs, or name a smaller model."
         )
     fitting_tokens = (usable_bytes - weights_bytes - workspace_bytes) // token_bytes
     wanted_tokens = max(limits.max_num_seqs * limits.max_model_len, least_tokens)
