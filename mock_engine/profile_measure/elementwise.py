@@ -1,9 +1,8 @@
 """
 All in a layer that is neither a matrix product nor attention.
 
-Engines fuse these into a few kernels. Left to themselves, torch's many small ones would take as long as a third of a
-decode step on a fast GPU, so on a GPU they go through `torch.compile`. Where that does not work, they run one by one,
-and `how` says so.
+Engines fuse these into a few kernels. In torch each is several, and a decode step has little else to do between reading
+weights, so on a GPU they go through `torch.compile`. Where that does not work, they run one by one, and `how` says so.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from mock_engine.profile_measure.measuring import Work
 _MAX_POINT_S = 1.0  # a point of slow passes is repeated less often...
 _MIN_REPEATS = 5  # ...but so often
 _WARM_UPS = 2
-_FLUSHES = 5  # some 50 us each
+_FLUSHES = 5  # longer, together, than it takes to launch a graph
 
 
 def repeats_for(first_s: float, repeats: int) -> int:
