@@ -1,9 +1,7 @@
 """
-What is known without measuring: models, data sheets, engine defaults, KV capacities that engines reported.
+What is known without measuring: models, engine defaults, KV capacities that engines reported.
 
-Models are figures of their public config.json. GPU figures are NVIDIA's data
-sheets, dense (no sparsity); memory is what CUDA reports, less than the 80 GB on
-the box: 79.10 GiB (H100 SXM) and 79.15 GiB (A100 SXM).
+Models are figures of their public config.json. Data sheets are in `gpu_datasheets`.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mock_engine.errors import ProfileError
+from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.profile_import.model_config import Model, model_of_config, read_config
 from mock_engine.roofline import GpuDatasheet
 
@@ -51,17 +50,6 @@ MODELS = {
     "mixtral-8x7b": _known(
         "mistralai/Mixtral-8x7B-v0.1", 32, 4096, 32, 14_336, 32_000, 32_768, num_local_experts=8, num_experts_per_tok=2
     ),
-}
-
-_H100 = GpuDatasheet(989e12, 3.35e12, 84.93e9, 450e9)
-_A100 = GpuDatasheet(312e12, 2.039e12, 84.99e9, 300e9)
-
-DATASHEETS = {
-    ("h100-sxm", "bf16"): _H100,
-    ("h100-sxm", "fp16"): _H100,
-    ("h100-sxm", "fp8"): GpuDatasheet(1979e12, _H100.memory_bytes_per_s, _H100.memory_bytes, _H100.nvlink_bytes_per_s),
-    ("a100-sxm", "bf16"): _A100,
-    ("a100-sxm", "fp16"): _A100,
 }
 
 # KV blocks of 16 tokens that vLLM reported at a gpu_memory_utilization of 0.9, the first with 8,192 batched tokens:

@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 
 from mock_engine.errors import ProfileError
+from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.latency_table import LatencyTable, make_table
 from mock_engine.profile import TABLE_COLUMNS, Profile
-from mock_engine.profile_import.facts import DATASHEETS, find_model
+from mock_engine.profile_import.facts import find_model
 from mock_engine.profile_import.model_config import Model, hub_config
 from mock_engine.profile_import.outliers import without_outliers
 from mock_engine.profile_import.overhead import H100_VLLM

@@ -10,22 +10,19 @@ told from the tables is added here: by how much a point left out is missed.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import textwrap
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mock_engine.errors import ProfileError
-from mock_engine.latency_table import LatencyTable, write_table
-from mock_engine.profile import Profile, load_profile
+from mock_engine.latency_table import LatencyTable
+from mock_engine.profile import Profile
 from mock_engine.profile_import.accuracy import leave_one_out
 from mock_engine.profile_import.facts import REPORTED_AT_UTILIZATION, REPORTED_KV_BLOCKS, engine_defaults
 from mock_engine.profile_import.model_config import Model
-from mock_engine.roofline import GpuDatasheet, ModelShape
-
-Document = dict[str, Any]
+from mock_engine.profile_writing import Document, shape_section, write_folder
+from mock_engine.roofline import GpuDatasheet
 
 
 class Target(NamedTuple):
@@ -101,7 +98,7 @@ def make_document(
             "measured_kv_blocks": kv_blocks,
             "measured_gpu_memory_utilization": REPORTED_AT_UTILIZATION,
         }
-    return document | {"model_shape": _shape(target.model.shape), "gpu_datasheet": asdict(target.datasheet)}
+    return document | {"model_shape": shape_section(target.model.shape), "gpu_datasheet": asdict(target.datasheet)}
 
 
 def write_profile(out_dir: Path, document: Document, tables: dict[str, LatencyTable]) -> Profile:
@@ -113,49 +110,12 @@ def write_profile(out_dir: Path, document: Document, tables: dict[str, LatencyTa
     """
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / "profile"
-        built.mkdir()
-        for name, table in tables.items():
-            write_table(built / f"{name}.csv", table)
-        (built / "profile.toml").write_text(_toml(document), encoding="utf-8")
         try:
-            profile = load_profile(built)
+            profile = write_folder(built, document, tables)
         except ProfileError as error:
             raise ProfileError(str(error).replace(f"{built}/", "the profile would be wrong: ")) from None
-        kv_tokens = profile.total_kv_blocks() * profile.block_size
-        if kv_tokens < profile.max_model_len:
-            document["engine_defaults"]["max_model_len"] = kv_tokens // 1024 * 1024 or kv_tokens
-        document["expected_error"] = leave_one_out(profile)
-        (built / "profile.toml").write_text(_toml(document), encoding="utf-8")
-        folder = out_dir / profile.name
-        shutil.copytree(built, folder, dirs_exist_ok=True)
-    return load_profile(folder)
-
-
-def _shape(shape: ModelShape) -> dict[str, int]:
-    """A model's shape without what only others have."""
-    usual = {name: field.default for name, field in ModelShape.__dataclass_fields__.items()}
-    return {name: value for name, value in asdict(shape).items() if value != usual[name]}
-
-
-def _toml(document: Document) -> str:
-    lines = ["# Written by the command in build_command; change that, not this file."]
-    lines += [f"{key} = {_value(value)}" for key, value in document.items() if not isinstance(value, dict)]
-    for section, values in document.items():
-        if isinstance(values, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {_value(value)}" for key, value in values.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: bool | int | float | str) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        if len(escaped) <= 90:
-            return f'"{escaped}"'
-        return (
-            '"""\\\n'
-            + " \\\n".join(textwrap.wrap(escaped, 100, break_long_words=False, break_on_hyphens=False))
-            + '"""'
-        )
-    return f"{value:_}" if isinstance(value, int) else repr(value)
+    kv_tokens = profile.total_kv_blocks() * profile.block_size
+    if kv_tokens < profile.max_model_len:
+        document["engine_defaults"]["max_model_len"] = kv_tokens // 1024 * 1024 or kv_tokens
+    document["expected_error"] = leave_one_out(profile)
+    return write_folder(out_dir / profile.name, document, tables)
