@@ -4,6 +4,7 @@ A profile on its way to disk: `write_folder` writes it and reads it back.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,11 @@ def write_folder(folder: Path, document: Document, tables: dict[str, LatencyTabl
     for name, table in tables.items():
         write_table(folder / f"{name}.csv", table)
     return load_profile(folder)
+
+
+def as_name(text: str) -> str:
+    """`text` as a part of a profile's name: lower case, dashes for what is no letter, digit or dot."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
 def shape_section(shape: ModelShape) -> dict[str, int]:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors request session",
-    "step kv_blocks latency_table monotone roofline gpu_datasheets profile profile_writing lateness"
+    "step kv_blocks latency_table monotone roofline gpu_datasheets profile profile_writing model_config lateness"
     " tokenizer_words output_tokens aiperf_schema columns slos state_log json_file",
     "scheduler timing step_times prompt",
     "core",

@@ -19,9 +19,9 @@ from mock_engine.gpu_datasheets import DATASHEETS, NAMES_IN_CUDA
 from mock_engine.profile import check_profile, load_profile
 from mock_engine.profile_measure.gpus import Device, known_datasheet
 from mock_engine.profile_measure.grid import NUM_LEVELS, PART_NAMES, Point, axis, levels, points_at
+from mock_engine.profile_measure.measured_models import read_measured
 from mock_engine.profile_measure.measuring import Plan, interleaved, layers_in_run, measure
 from mock_engine.profile_measure.memory import USABLE_SHARE, WEIGHT_BYTES, Limits, plan_memory
-from mock_engine.profile_measure.model_config import read_config
 from mock_engine.profile_measure.overhead import Comparison, fit_overhead
 from mock_engine.profile_measure.profile_document import NO_OVERHEAD, compare, jitter_of, make_document, make_tables
 from mock_engine.profile_measure.report import load_text, report_markdown
@@ -63,7 +63,7 @@ def write_config(folder: Path, **changes) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return read_config(write_config(tmp_path_factory.mktemp("models") / "Llama-3.1-8B"))
+    return read_measured(write_config(tmp_path_factory.mktemp("models") / "Llama-3.1-8B"))
 
 
 class FakeModel:
@@ -317,38 +317,16 @@ def test_a_pass_in_words():
 # Models
 
 
-def test_a_config_has_the_parameters_that_the_model_is_known_to_have(tmp_path, llama):
-    assert llama.shape.num_params == 8_030_261_248
-    assert llama.name == "llama-3.1-8b"
-    assert (llama.query_size, llama.kv_size) == (4096, 1024)
-    qwen = {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28}
-    qwen |= {"num_key_value_heads": 4, "vocab_size": 152_064, "model_type": "qwen2", "sliding_window": 131_072}
-    qwen_config = read_config(write_config(tmp_path / "Qwen2.5-7B", **qwen, use_sliding_window=False))
-    assert qwen_config.shape.num_params == 7_615_616_512
-    assert qwen_config.has_qkv_bias
-    assert read_config(write_config(tmp_path / "Qwen3", model_type="qwen3", head_dim=128)).has_head_norms
-
-
-def test_a_config_may_lack_what_follows_from_the_rest(tmp_path):
-    config = read_config(write_config(tmp_path / "m", num_key_value_heads=None, _name_or_path="org/My_Model 2"))
-    assert config.shape.num_kv_heads == 32
-    assert config.name == "my-model-2"
-    file = tmp_path / "Other.json"
-    file.write_text(json.dumps(LLAMA_8B), encoding="utf-8")
-    assert read_config(file).name == "other"
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "mixtral"}, "model_type is 'mixtral'; measured are dense decoders"),
-        ({"quantization_config": {"bits": 4}}, "is a quantized model"),
+        ({"num_local_experts": 8, "num_experts_per_tok": 2}, "model_type is 'llama' with experts; measured are dense"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config says the model is quantized"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu is measured"),
-        ({"sliding_window": 4096}, "Use --max-model-len 4096 or less"),
-        ({"hidden_size": 0}, "hidden_size is 0; it must be a whole number of at least 1"),
-        ({"vocab_size": None}, "vocab_size is None; it must be"),
-        ({"num_key_value_heads": 5}, "32 heads share 5 KV heads"),
-        ({"head_dim": 63}, "and the size even"),
+        ({"sliding_window": 4096}, "with --max-model-len 4096 or less"),
+        ({"hidden_size": 0}, "hidden_size is 0; allowed is"),
+        ({"head_dim": 63}, "head_dim is 63; rotary positions need an even one"),
     ],
 )
 def test_a_model_that_is_not_measured_is_one_line(capsys, tmp_path, changes, message):
@@ -421,7 +399,7 @@ def test_limits_are_vllm_s_for_such_a_gpu_unless_given(llama):
         (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--json", "no/where.json"], "--json no/where.json: there is no folder no"),
-        (["--model", "nowhere.json"], "nowhere.json does not exist. --model must be a config.json"),
+        (["--model", "nowhere.json"], "nowhere.json: the file is missing"),
         (["--model", __file__], "cannot be read as JSON"),
     ],
 )

@@ -27,7 +27,7 @@ from mock_engine.profile_measure.attention_backend import AttentionBackend  # no
 from mock_engine.profile_measure.command import measure_command  # noqa: E402
 from mock_engine.profile_measure.elementwise import Elementwise  # noqa: E402
 from mock_engine.profile_measure.grid import NUM_LEVELS  # noqa: E402
-from mock_engine.profile_measure.model_config import read_config  # noqa: E402
+from mock_engine.profile_measure.measured_models import read_measured  # noqa: E402
 from mock_engine.profile_measure.settings import MeasureSettings  # noqa: E402
 from mock_engine.profile_measure.transformer import RandomTransformer, causal_mask  # noqa: E402
 from mock_engine.step import PrefillChunk, StepLoad  # noqa: E402
@@ -59,12 +59,24 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    return read_config(folder)
+    return read_measured(folder)
 
 
 @pytest.fixture(scope="module")
 def model(config):
     return RandomTransformer(config, KV_TOKENS, "bf16", "cpu")
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_model_has_as_many_weights_as_its_config_counts(tmp_path, is_tied):
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"tie_word_embeddings": is_tied}), encoding="utf-8")
+    config = read_measured(tmp_path)
+    model = RandomTransformer(config, KV_TOKENS, "bf16", "cpu")
+    weights = [model._embedding, model._head, model._final_norm]
+    for layer in model._layers:
+        weights += [getattr(layer, name) for name in layer.__dataclass_fields__ if name != "kv"]
+    sizes = {weight.data_ptr(): weight.numel() for weight in weights}
+    assert sum(sizes.values()) == config.shape.num_params
 
 
 def plain_attention(queries, keys, values, seen):

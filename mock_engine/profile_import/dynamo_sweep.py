@@ -81,7 +81,7 @@ def import_dynamo_sweep(
     `origin` is (source, its version, licence) of results that are not the published ones, which say it themselves.
     """
     gpu = system.replace("_", "-")
-    model_name, known = find_model(model)
+    known = find_model(model)
     datasheet = find_datasheet(gpu, dtype)
     sweep = _read(source, gpu.replace("-", "_"), known.hub_name, tp)
     if sweep.is_published:
@@ -92,7 +92,7 @@ def import_dynamo_sweep(
         )
     if len(sweep.prefill) < 2 or len(sweep.decode) < 2:
         raise ProfileError(
-            f"{source}: found {len(sweep.prefill)} prefill and {len(sweep.decode)} decode passes for {model_name} on "
+            f"{source}: found {len(sweep.prefill)} prefill and {len(sweep.decode)} decode passes for {known.name} on "
             f"{gpu} with tp {tp}; needed are 2 of each. Use another --tp, --model or source."
         )
     tables = {
@@ -100,7 +100,7 @@ def import_dynamo_sweep(
         for name, values in (("prefill", _median(sweep.prefill)), ("decode", _median(sweep.decode)))
     }
     version = engine_version or sweep.engine_version or "not stated"
-    target = Target(gpu, model_name, known, engine, version, tp, dtype, datasheet)
+    target = Target(gpu, known, engine, version, tp, dtype, datasheet)
     block_size = engine_defaults(engine, gpu, datasheet.memory_bytes).block_size
     command = f"mock-engine profiles import dynamo {source.name} --system {system} --model {model} --tp {tp}"
     document = make_document(

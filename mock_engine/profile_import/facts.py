@@ -6,13 +6,12 @@ Models are figures of their public config.json. Data sheets are in `gpu_datashee
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mock_engine.errors import ProfileError
 from mock_engine.gpu_datasheets import DATASHEETS
-from mock_engine.profile_import.model_config import Model, model_of_config, read_config
+from mock_engine.model_config import ModelConfig, model_of_config, read_config
 from mock_engine.roofline import GpuDatasheet
 
 
@@ -25,6 +24,7 @@ class EngineDefaults(NamedTuple):
 
 
 def _known(
+    name: str,
     hub_name: str,
     num_hidden_layers: int,
     hidden_size: int,
@@ -33,24 +33,25 @@ def _known(
     vocab_size: int,
     max_position_embeddings: int,
     **more: Any,
-) -> Model:
+) -> ModelConfig:
     """A model with 8 KV heads of 128."""
-    figures = {name: value for name, value in locals().items() if name not in ("hub_name", "more")}
-    return model_of_config({**figures, "num_key_value_heads": 8, "head_dim": 128, **more}, hub_name)
+    figures = {key: value for key, value in locals().items() if key not in ("name", "hub_name", "more")}
+    return model_of_config({**figures, "num_key_value_heads": 8, "head_dim": 128, **more}, name, hub_name)
 
 
-MODELS = {
-    "llama-3.1-8b": _known("meta-llama/Meta-Llama-3.1-8B", 32, 4096, 32, 14_336, 128_256, 131_072),
-    "llama-3.1-70b": _known("meta-llama/Meta-Llama-3.1-70B", 80, 8192, 64, 28_672, 128_256, 131_072),
-    "llama-3.3-70b": _known("nvidia/Llama-3.3-70B-Instruct-FP8", 80, 8192, 64, 28_672, 128_256, 131_072),
-    "llama-2-70b": _known("meta-llama/Llama-2-70b", 80, 8192, 64, 28_672, 32_000, 4_096),
-    "codellama-34b": _known("codellama/CodeLlama-34b", 48, 8192, 64, 22_016, 32_000, 16_384),
-    "qwen3-14b": _known("Qwen/Qwen3-14B", 40, 5120, 40, 17_408, 151_936, 40_960, model_type="qwen3"),
-    "qwen3-32b": _known("Qwen/Qwen3-32B", 64, 5120, 64, 25_600, 151_936, 40_960, model_type="qwen3"),
-    "mixtral-8x7b": _known(
-        "mistralai/Mixtral-8x7B-v0.1", 32, 4096, 32, 14_336, 32_000, 32_768, num_local_experts=8, num_experts_per_tok=2
-    ),
-}
+_MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+_QWEN3 = {"model_type": "qwen3"}
+_KNOWN = (
+    _known("llama-3.1-8b", "meta-llama/Meta-Llama-3.1-8B", 32, 4096, 32, 14_336, 128_256, 131_072),
+    _known("llama-3.1-70b", "meta-llama/Meta-Llama-3.1-70B", 80, 8192, 64, 28_672, 128_256, 131_072),
+    _known("llama-3.3-70b", "nvidia/Llama-3.3-70B-Instruct-FP8", 80, 8192, 64, 28_672, 128_256, 131_072),
+    _known("llama-2-70b", "meta-llama/Llama-2-70b", 80, 8192, 64, 28_672, 32_000, 4_096),
+    _known("codellama-34b", "codellama/CodeLlama-34b", 48, 8192, 64, 22_016, 32_000, 16_384),
+    _known("qwen3-14b", "Qwen/Qwen3-14B", 40, 5120, 40, 17_408, 151_936, 40_960, **_QWEN3),
+    _known("qwen3-32b", "Qwen/Qwen3-32B", 64, 5120, 64, 25_600, 151_936, 40_960, **_QWEN3),
+    _known("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", 32, 4096, 32, 14_336, 32_000, 32_768, **_MIXTRAL),
+)
+MODELS = {model.name: model for model in _KNOWN}
 
 # KV blocks of 16 tokens that vLLM reported at a gpu_memory_utilization of 0.9, the first with 8,192 batched tokens:
 # read off published runs (inference-sim/inference-sim, branch stepml-experiments 9293b222, Apache-2.0).
@@ -81,21 +82,16 @@ def engine_defaults(engine: str, gpu: str, memory_bytes: float) -> EngineDefault
     return EngineDefaults(16, 1024, 8192) if is_large else EngineDefaults(16, 256, 2048)
 
 
-def find_model(name: str) -> tuple[str, Model]:
-    """
-    The model of that name or in that file or folder, and the name it goes by in a profile. Raises `ProfileError`.
-    """
+def find_model(name: str) -> ModelConfig:
+    """The model of that name, or in that file or folder. Raises `ProfileError`."""
     if name in MODELS:
-        return name, MODELS[name]
-    path = Path(name)
-    if not path.exists():
+        return MODELS[name]
+    if not Path(name).exists():
         raise ProfileError(
             f"no model {name!r} is known to the importer, nor is there such a file; known are {', '.join(MODELS)}. "
             "Name one of them, or a config.json."
         )
-    folder = path if path.is_dir() else path.parent
-    stem = folder.resolve().name if path.is_dir() or path.name == "config.json" else path.stem
-    return re.sub(r"[^a-z0-9.]+", "-", stem.lower()).strip("-.") or "model", read_config(path)
+    return read_config(Path(name))
 
 
 def find_datasheet(gpu: str, dtype: str) -> GpuDatasheet:

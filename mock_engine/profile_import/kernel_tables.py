@@ -29,9 +29,9 @@ import numpy as np
 from mock_engine.errors import ProfileError
 from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.latency_table import LatencyTable, make_table
+from mock_engine.model_config import ModelConfig, hub_config
 from mock_engine.profile import TABLE_COLUMNS, Profile
 from mock_engine.profile_import.facts import find_model
-from mock_engine.profile_import.model_config import Model, hub_config
 from mock_engine.profile_import.outliers import without_outliers
 from mock_engine.profile_import.overhead import H100_VLLM
 from mock_engine.profile_import.writing import Origin, Target, make_document, write_profile
@@ -57,7 +57,7 @@ class KernelTables:
     """Measured kernels of one model under one engine; times in milliseconds, as the wheel gives them."""
 
     def __init__(
-        self, system: str, model: Model, tp: int, dtype: str, engine: str, engine_version: str | None = None
+        self, system: str, model: ModelConfig, tp: int, dtype: str, engine: str, engine_version: str | None = None
     ) -> None:
         sdk = _import("aiconfigurator_core.sdk")
         logging.getLogger("aiconfigurator_core").setLevel(logging.ERROR)
@@ -197,7 +197,7 @@ class KernelTables:
         folder = self._systems_dir / "data" / self._system
         return all((folder / family / self._engine_name / version).is_dir() for family in ("gemm", "attention"))
 
-    def _check_model(self, model: Model, tp: int) -> None:
+    def _check_model(self, model: ModelConfig, tp: int) -> None:
         shape = model.shape
         if shape.num_heads % tp or (shape.num_kv_heads % tp and tp % shape.num_kv_heads):
             raise ProfileError(
@@ -295,7 +295,7 @@ def import_kernel_tables(
     """
     gpu = system.replace("_", "-")
     system = system.replace("-", "_")
-    model_name, known = find_model(model)
+    known = find_model(model)
     kernels = KernelTables(system, known, tp, dtype, engine, engine_version)
     tables = kernel_latency(kernels)
     if tp == 1:
@@ -304,7 +304,7 @@ def import_kernel_tables(
     for name, table in tables.items():
         tables[name], left_out = without_outliers(table)
         num_left_out += left_out
-    target = Target(gpu, model_name, known, engine, kernels.engine_version, tp, dtype, kernels.datasheet(gpu, dtype))
+    target = Target(gpu, known, engine, kernels.engine_version, tp, dtype, kernels.datasheet(gpu, dtype))
     notes = kernels.interpolated()
     if known.shape.num_expert_params:
         notes += " Experts: under a load as skewed as a power law of 1.2."

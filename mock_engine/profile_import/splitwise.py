@@ -56,8 +56,8 @@ def import_splitwise(
     Without `origin` (source, its version, licence), the file is taken to be Splitwise's own.
     """
     gpu = system.replace("_", "-")
-    model_name, known = find_model(model)
-    where = (file_model or FILE_NAMES.get(model_name, model_name), file_hardware or FILE_NAMES.get(gpu, gpu))
+    known = find_model(model)
+    where = (file_model or FILE_NAMES.get(known.name, known.name), file_hardware or FILE_NAMES.get(gpu, gpu))
     prompt_ms, token_ms = _read(csv_path, *where, tp)
     prefill = {(prompt,): statistics.median(ms) for (prompt, batch), ms in prompt_ms.items() if batch == 1}
     decode = {(batch, prompt + OUTPUT_TOKENS // 2): statistics.median(ms) for (prompt, batch), ms in token_ms.items()}
@@ -69,7 +69,7 @@ def import_splitwise(
     variation = [statistics.stdev(ms) / statistics.mean(ms) for ms in prompt_ms.values() if len(ms) > 1]
     num_repeats = statistics.mode(len(ms) for ms in prompt_ms.values())
     version = engine_version or (f"data {SPLITWISE[1]} (2023)" if origin is None else "not stated")
-    target = Target(gpu, model_name, known, engine, version, tp, "fp16", find_datasheet(gpu, "fp16"))
+    target = Target(gpu, known, engine, version, tp, "fp16", find_datasheet(gpu, "fp16"))
     is_splitwise = origin is None
     source, source_version, licence = origin or SPLITWISE
     file_name = "perf_model.csv" if is_splitwise else csv_path.name

@@ -47,7 +47,7 @@ def import_step_rows(
     Write the profile and return it as loaded. Raises `ProfileError`. `origin` is (source, its version, licence).
     """
     gpu = system.replace("_", "-")
-    model_name, known = find_model(model)
+    known = find_model(model)
     datasheet = find_datasheet(gpu, dtype)
     prefill, decode, num_mixed = _read(csv_path)
     for name, repeats in (("prefill", prefill), ("decode", decode)):
@@ -65,7 +65,7 @@ def import_step_rows(
         for name, repeats in (("prefill", prefill), ("decode", decode))
     }
     num_steps = sum(len(ms) for repeats in (prefill, decode) for ms in repeats.values())
-    target = Target(gpu, model_name, known, engine, engine_version or "not stated", tp, dtype, datasheet)
+    target = Target(gpu, known, engine, engine_version or "not stated", tp, dtype, datasheet)
     command = f"mock-engine profiles import steps {csv_path.name} --system {system} --model {model} --tp {tp}"
     document = make_document(
         target,

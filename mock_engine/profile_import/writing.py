@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 from mock_engine.errors import ProfileError
 from mock_engine.latency_table import LatencyTable
+from mock_engine.model_config import ModelConfig
 from mock_engine.profile import Profile
 from mock_engine.profile_import.accuracy import leave_one_out
 from mock_engine.profile_import.facts import REPORTED_AT_UTILIZATION, REPORTED_KV_BLOCKS, engine_defaults
-from mock_engine.profile_import.model_config import Model
 from mock_engine.profile_writing import Document, shape_section, write_folder
 from mock_engine.roofline import GpuDatasheet
 
@@ -29,8 +29,7 @@ class Target(NamedTuple):
     """What a profile is of."""
 
     gpu: str
-    model_name: str
-    model: Model
+    model: ModelConfig
     engine: str
     engine_version: str
     tp: int
@@ -40,7 +39,7 @@ class Target(NamedTuple):
     @property
     def key(self) -> tuple[str, str, str, int, str]:
         """By which facts about a deployment are looked up."""
-        return self.gpu, self.model_name, self.engine, self.tp, self.dtype
+        return self.gpu, self.model.name, self.engine, self.tp, self.dtype
 
 
 class Origin(NamedTuple):
@@ -76,7 +75,7 @@ def make_document(
     defaults = engine_defaults(target.engine, target.gpu, target.datasheet.memory_bytes)
     document: Document = {
         "gpu": target.gpu,
-        "model": target.model_name,
+        "model": target.model.name,
         "engine": target.engine,
         "engine_version": target.engine_version,
         "tp": target.tp,

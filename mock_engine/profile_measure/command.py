@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,32 +16,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mock_engine.errors import ConfigError
 from mock_engine.json_file import write_json
+from mock_engine.model_config import ModelConfig
 from mock_engine.profile import Profile
 from mock_engine.profile_measure.gpus import Device, check_torch, find_device, with_clock_now
 from mock_engine.profile_measure.grid import NUM_LEVELS
+from mock_engine.profile_measure.measured_models import read_measured
 from mock_engine.profile_measure.measuring import Measurement, Plan, Timer, measure
 from mock_engine.profile_measure.memory import WEIGHT_BYTES, plan_memory
-from mock_engine.profile_measure.model_config import ModelConfig, as_name, read_config
 from mock_engine.profile_measure.overhead import fit_overhead
 from mock_engine.profile_measure.profile_document import NO_OVERHEAD, compare, jitter_of, make_document, make_tables
 from mock_engine.profile_measure.report import report_markdown, results_json, summary_lines
 from mock_engine.profile_measure.settings import MeasureSettings
-from mock_engine.profile_writing import write_folder
+from mock_engine.profile_writing import as_name, write_folder
 from mock_engine.roofline import Roofline
 
 
 def measure_command(
     flags: argparse.Namespace, console: Console, make_timer: Callable[[Device], Timer] | None = None
 ) -> int:
-    """Measure, write the profile and its report, print how parts and whole passes agree. Raises `ConfigError`."""
+    """Measure, write the profile and its report, print how parts and whole passes agree. Raises `MockEngineError`."""
     settings = MeasureSettings.from_flags(flags)
     if flags.json is not None and not flags.json.parent.is_dir():
         raise ConfigError(
             f"--json {flags.json}: there is no folder {flags.json.parent}. Make it, or name another file."
         )
-    config = read_config(settings.model, settings.max_model_len)
+    config = read_measured(settings.model, settings.max_model_len)
     if settings.model_name is not None:
-        config = replace(config, name=as_name(settings.model_name) or config.name)
+        config = config._replace(name=as_name(settings.model_name) or config.name)
     check_torch(settings.device)
     device = find_device(settings)
     limits = device.limits(config, settings)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mock_engine.errors import ConfigError
-from mock_engine.profile_measure.model_config import ModelConfig
+from mock_engine.model_config import ModelConfig
 
 WEIGHT_BYTES = 2  # bf16 and fp16
 USABLE_SHARE = 0.9  # of what is free; the rest is the allocator's and the graphs'

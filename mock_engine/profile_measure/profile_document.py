@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from mock_engine.latency_table import LatencyTable, make_table
+from mock_engine.model_config import ModelConfig
 from mock_engine.profile import TABLE_COLUMNS
 from mock_engine.profile_measure.gpus import Device
 from mock_engine.profile_measure.grid import PART_NAMES
 from mock_engine.profile_measure.measuring import Measurement, Plan
-from mock_engine.profile_measure.model_config import ModelConfig
 from mock_engine.profile_measure.overhead import Comparison, OverheadFit
 from mock_engine.profile_measure.settings import MeasureSettings
 from mock_engine.profile_writing import Document, shape_section, write_folder

@@ -24,15 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from mock_engine.model_config import ModelConfig
 from mock_engine.profile_measure.attention_backend import AttentionBackend
 from mock_engine.profile_measure.elementwise import Elementwise
 from mock_engine.profile_measure.measuring import Work
-from mock_engine.profile_measure.model_config import ModelConfig
 from mock_engine.step import StepLoad
 
 Tensor = torch.Tensor
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ROPE_THETA = 10_000.0  # of no model in particular: angles take the same time whatever they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ class RandomTransformer:
         self._generator = torch.Generator(device).manual_seed(seed)
         shape = config.shape
         self._embedding = self._random(shape.vocab_size, shape.hidden_size, spread=1.0)
-        self._head = self._random(shape.vocab_size, shape.hidden_size)
+        is_tied = shape.tie_word_embeddings
+        self._head = self._embedding if is_tied else self._random(shape.vocab_size, shape.hidden_size)
         self._final_norm = self._ones(shape.hidden_size)
         self._layers = [self._random_layer(kv_tokens) for _ in range(shape.num_layers)]
         self.elementwise = Elementwise(config, is_compiled=device == "cuda")
@@ -239,7 +241,7 @@ class RandomTransformer:
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each (tokens, 1, half a head)."""
         half = self._config.shape.head_dim // 2
-        frequencies = self._config.rope_theta ** (-torch.arange(half, device=self._device, dtype=torch.float32) / half)
+        frequencies = ROPE_THETA ** (-torch.arange(half, device=self._device, dtype=torch.float32) / half)
         angles = (positions[:, None].float() * frequencies).unsqueeze(1)
         return angles.cos().to(self._dtype), angles.sin().to(self._dtype)
 
