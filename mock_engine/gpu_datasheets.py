@@ -1,7 +1,7 @@
 """
 GPUs by the figures in their data sheets.
 
-    DATASHEETS["h100-sxm", "bf16"]
+    find_datasheet("h100-sxm", "bf16")
 
 NVIDIA's data sheets, dense (no sparsity): H100 (SXM5: 989 TFLOPS in bf16, 3.35 TB/s, NVLink 900 GB/s both ways),
 H200 (SXM: the same arithmetic, 4.8 TB/s, 141 GB), A100 80GB (SXM4: 312 TFLOPS, 2,039 GB/s, NVLink 600 GB/s).
@@ -11,6 +11,7 @@ for the H200 it is the box's figure.
 
 from __future__ import annotations
 
+from mock_engine.errors import ProfileError
 from mock_engine.roofline import GpuDatasheet
 
 _H100 = GpuDatasheet(989e12, 3.35e12, 84.93e9, 450e9)
@@ -33,3 +34,11 @@ NAMES_IN_CUDA = {
     "NVIDIA H200": "h200-sxm",
     "NVIDIA A100-SXM4-80GB": "a100-sxm",
 }
+
+
+def find_datasheet(gpu: str, dtype: str) -> GpuDatasheet:
+    """The GPU's figures for arithmetic in that dtype. Raises `ProfileError`."""
+    if (gpu, dtype) not in DATASHEETS:
+        known = ", ".join(f"{gpu} {dtype}" for gpu, dtype in DATASHEETS)
+        raise ProfileError(f"no data sheet for {gpu} in {dtype}; known are {known}. Use one of them.")
+    return DATASHEETS[gpu, dtype]

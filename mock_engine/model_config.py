@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mock_engine.errors import ProfileError
-from mock_engine.profile_writing import as_name
+from mock_engine.profile import as_name
 from mock_engine.roofline import ModelShape
 
 

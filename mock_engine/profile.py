@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,6 +131,11 @@ class Profile:
                 f"{advice}"
             )
         return num_blocks
+
+
+def as_name(text: str) -> str:
+    """`text` as a part of a profile's name: lower case, dashes for what is no letter, digit or dot."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
 def list_profiles() -> list[str]:

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors request session",
-    "step kv_blocks latency_table monotone roofline gpu_datasheets profile profile_writing model_config lateness"
-    " tokenizer_words output_tokens aiperf_schema columns slos state_log json_file",
+    "step kv_blocks latency_table monotone roofline gpu_datasheets engine_defaults profile model_config profile_writing"
+    " lateness tokenizer_words output_tokens aiperf_schema columns slos state_log json_file",
     "scheduler timing step_times prompt",
     "core",
     "realtime_clock recorder drive_realtime drive_virtual engine_settings trace_files workload"

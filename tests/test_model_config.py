@@ -8,7 +8,7 @@ import pytest
 
 from mock_engine.errors import ProfileError
 from mock_engine.model_config import hub_config, model_of_config, read_config
-from mock_engine.profile_import.facts import MODELS, find_model
+from mock_engine.profile_import.known_models import MODELS, find_model
 
 PLAIN = {
     "hidden_size": 4096,

@@ -20,9 +20,9 @@ from mock_engine.latency_table import make_table
 from mock_engine.profile import PROFILES_DIR, Profile, check_profile, list_profiles, load_profile
 from mock_engine.profile_import import import_dynamo_sweep, import_kernel_tables, import_splitwise, import_step_rows
 from mock_engine.profile_import.catalogue import build, read_catalogue
-from mock_engine.profile_import.facts import MODELS
 from mock_engine.profile_import.fit_overhead import Experiment, fit, read_experiments
 from mock_engine.profile_import.kernel_tables import KernelTables
+from mock_engine.profile_import.known_models import MODELS
 from mock_engine.profile_import.outliers import without_outliers
 from mock_engine.profile_import.overhead import H100_VLLM
 from mock_engine.step import PrefillChunk, StepLoad

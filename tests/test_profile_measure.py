@@ -23,7 +23,7 @@ from mock_engine.profile_measure.measured_models import read_measured
 from mock_engine.profile_measure.measuring import Plan, interleaved, layers_in_run, measure
 from mock_engine.profile_measure.memory import USABLE_SHARE, WEIGHT_BYTES, Limits, plan_memory
 from mock_engine.profile_measure.overhead import Comparison, fit_overhead
-from mock_engine.profile_measure.profile_document import NO_OVERHEAD, compare, jitter_of, make_document, make_tables
+from mock_engine.profile_measure.profile_document import NO_OVERHEAD, compare, jitter_of, make_tables, measured_document
 from mock_engine.profile_measure.report import load_text, report_markdown
 from mock_engine.profile_measure.settings import MeasureSettings
 from mock_engine.profile_writing import write_folder
@@ -246,9 +246,9 @@ def write_fake(tmp_path, config, limits, kv_tokens, **overhead):
     settings_ = MeasureSettings(model=Path("x"), out=tmp_path)
     tables = make_tables(measured)
     facts = (settings_, config, H200, plan, ("flash", "fused"), "2026-01-01", jitter_of(measured))
-    comparisons = compare(make_document(*facts, NO_OVERHEAD), tables, measured)
+    comparisons = compare(measured_document(*facts, NO_OVERHEAD), tables, measured)
     fit = fit_overhead(comparisons)
-    document = make_document(*facts, fit)
+    document = measured_document(*facts, fit)
     return write_folder(tmp_path, document, tables), measured, comparisons, fit, document
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mock_engine.profile import load_profile
-from mock_engine.profile_import.facts import MODELS
+from mock_engine.profile_import.known_models import MODELS
 from mock_engine.roofline import ModelShape, Roofline
 
 DENSE = load_profile("h100-sxm/llama-3.1-8b/vllm-tp1-bf16").shape

@@ -7,7 +7,7 @@ Makes profiles out of published and of your own measurements: `mock-engine profi
     step_rows       a plain CSV file of an engine's steps
     catalogue       all that ships
 
-`facts` has what is known without measuring, `overhead` what
+`known_models` has the models known by name, `overhead` what
 kernels alone do not show (`fit_overhead` finds it), `accuracy` how well the tables predict,
 `writing` puts a profile on disk. Importing needs more than running: see the `ProfileError` that
 each source raises when something is missing.

@@ -27,12 +27,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mock_engine.engine_defaults import engine_defaults
 from mock_engine.errors import ProfileError
+from mock_engine.gpu_datasheets import find_datasheet
 from mock_engine.latency_table import make_table
 from mock_engine.profile import TABLE_COLUMNS, Profile
-from mock_engine.profile_import.facts import engine_defaults, find_datasheet, find_model
+from mock_engine.profile_import.known_models import find_model
 from mock_engine.profile_import.overhead import H100_VLLM
-from mock_engine.profile_import.writing import NO_OVERHEAD, Origin, Target, make_document, write_profile
+from mock_engine.profile_import.writing import NO_OVERHEAD, write_profile
+from mock_engine.profile_writing import Origin, Target, make_document
 
 PUBLISHED_VERSION = "ai-dynamo 1.2.1"
 MAX_BATCH_SIZE = 256

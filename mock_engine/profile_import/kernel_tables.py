@@ -31,10 +31,11 @@ from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.latency_table import LatencyTable, make_table
 from mock_engine.model_config import ModelConfig, hub_config
 from mock_engine.profile import TABLE_COLUMNS, Profile
-from mock_engine.profile_import.facts import find_model
+from mock_engine.profile_import.known_models import find_model
 from mock_engine.profile_import.outliers import without_outliers
 from mock_engine.profile_import.overhead import H100_VLLM
-from mock_engine.profile_import.writing import Origin, Target, make_document, write_profile
+from mock_engine.profile_import.writing import write_profile
+from mock_engine.profile_writing import Origin, Target, make_document
 from mock_engine.roofline import GpuDatasheet
 
 PAST_TOKENS = (0, 256, 1024, 4096, 16_384, 65_536, 114_688)
@@ -290,7 +291,7 @@ def import_kernel_tables(
     """
     Write `<out_dir>/<gpu>/<model>/<engine>-tp<N>-<dtype>` and return it as loaded.
 
-    `system` is the wheel's name of a GPU ("h100_sxm"), `model` one of `facts.MODELS` or a config.json or its folder,
+    `system` is the wheel's name of a GPU ("h100_sxm"), `model` a name in `known_models`, a config.json or its folder,
     `engine_version` one that the wheel has tables of (the current one). Raises `ProfileError`.
     """
     gpu = system.replace("_", "-")

@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 
 from mock_engine.errors import ProfileError
+from mock_engine.gpu_datasheets import find_datasheet
 from mock_engine.latency_table import LatencyTable, make_table
 from mock_engine.profile import TABLE_COLUMNS, Profile
-from mock_engine.profile_import.facts import find_datasheet, find_model
+from mock_engine.profile_import.known_models import find_model
 from mock_engine.profile_import.overhead import H100_VLLM
-from mock_engine.profile_import.writing import NO_OVERHEAD, Origin, Target, make_document, write_profile
+from mock_engine.profile_import.writing import NO_OVERHEAD, write_profile
+from mock_engine.profile_writing import Origin, Target, make_document
 
 SPLITWISE = ("Mutinifni/splitwise-sim, data/perf_model.csv", "8f99e7d", "MIT")
 ENGINE = "splitwise"

@@ -20,11 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from mock_engine.errors import ProfileError
+from mock_engine.gpu_datasheets import find_datasheet
 from mock_engine.latency_table import make_table
 from mock_engine.profile import TABLE_COLUMNS, Profile
-from mock_engine.profile_import.facts import find_datasheet, find_model
+from mock_engine.profile_import.known_models import find_model
 from mock_engine.profile_import.overhead import H100_VLLM
-from mock_engine.profile_import.writing import NO_OVERHEAD, Origin, Target, make_document, write_profile
+from mock_engine.profile_import.writing import NO_OVERHEAD, write_profile
+from mock_engine.profile_writing import Origin, Target, make_document
 
 COLUMNS = ("prefill_tokens", "decode_batch_size", "context_tokens", "ms")
 

@@ -17,17 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mock_engine.errors import ConfigError
 from mock_engine.json_file import write_json
 from mock_engine.model_config import ModelConfig
-from mock_engine.profile import Profile
+from mock_engine.profile import Profile, as_name
 from mock_engine.profile_measure.gpus import Device, check_torch, find_device, with_clock_now
 from mock_engine.profile_measure.grid import NUM_LEVELS
 from mock_engine.profile_measure.measured_models import read_measured
 from mock_engine.profile_measure.measuring import Measurement, Plan, Timer, measure
 from mock_engine.profile_measure.memory import WEIGHT_BYTES, plan_memory
 from mock_engine.profile_measure.overhead import fit_overhead
-from mock_engine.profile_measure.profile_document import NO_OVERHEAD, compare, jitter_of, make_document, make_tables
+from mock_engine.profile_measure.profile_document import NO_OVERHEAD, compare, jitter_of, make_tables, measured_document
 from mock_engine.profile_measure.report import report_markdown, results_json, summary_lines
 from mock_engine.profile_measure.settings import MeasureSettings
-from mock_engine.profile_writing import as_name, write_folder
+from mock_engine.profile_writing import write_folder
 from mock_engine.roofline import Roofline
 
 
@@ -109,9 +109,9 @@ def _write(
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     tables = make_tables(measured)
     facts = (settings, config, device, plan, how, date, jitter_of(measured))
-    comparisons = compare(make_document(*facts, NO_OVERHEAD), tables, measured)
+    comparisons = compare(measured_document(*facts, NO_OVERHEAD), tables, measured)
     fit = fit_overhead(comparisons)
-    document = make_document(*facts, fit)
+    document = measured_document(*facts, fit)
     profile = write_folder(settings.out, document, tables)
     report = report_markdown(document, measured, comparisons, fit, minutes)
     (settings.out / "report.md").write_text(report, encoding="utf-8")

@@ -15,12 +15,13 @@ import subprocess
 import time
 from dataclasses import dataclass, replace
 
+from mock_engine.engine_defaults import engine_defaults
 from mock_engine.errors import ConfigError
 from mock_engine.gpu_datasheets import DATASHEETS, NAMES_IN_CUDA
 from mock_engine.model_config import ModelConfig
+from mock_engine.profile import as_name
 from mock_engine.profile_measure.memory import Limits
 from mock_engine.profile_measure.settings import MeasureSettings
-from mock_engine.profile_writing import as_name
 from mock_engine.roofline import GpuDatasheet
 
 _PCIE_BYTES_PER_S = 32e9  # generation 4, 16 lanes: one GPU sends nothing to another, but a data sheet has a figure
@@ -46,17 +47,15 @@ class Device:
 
     def limits(self, config: ModelConfig, settings: MeasureSettings) -> Limits:
         """How far to measure: what was asked for, else the model's context and vLLM's defaults for such a GPU."""
-        # vLLM 0.24, EngineArgs.get_batch_defaults: cards of 70 GiB or more, but not the A100, get larger batches.
-        is_large = self.datasheet.memory_bytes >= 70 * 2**30 and "a100" not in self.gpu and self.kind == "cuda"
-        num_seqs, num_tokens = (1024, 8192) if is_large else (256, 2048)
+        defaults = engine_defaults("vllm", self.gpu, self.datasheet.memory_bytes if self.kind == "cuda" else 0)
         max_model_len = settings.max_model_len or config.max_model_len
         if max_model_len > config.max_model_len:
             raise ConfigError(
                 f"--max-model-len is {max_model_len}, but {config.name} has positions for "
                 f"{config.max_model_len}. Use --max-model-len {config.max_model_len} or less."
             )
-        max_num_seqs = settings.max_num_seqs or num_seqs
-        max_num_batched_tokens = settings.max_num_batched_tokens or max(num_tokens, max_num_seqs)
+        max_num_seqs = settings.max_num_seqs or defaults.max_num_seqs
+        max_num_batched_tokens = settings.max_num_batched_tokens or max(defaults.max_num_batched_tokens, max_num_seqs)
         if max_num_batched_tokens < max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens {max_num_batched_tokens} is less than --max-num-seqs {max_num_seqs}; a step "

@@ -24,10 +24,10 @@ from mock_engine.profile_measure.grid import PART_NAMES
 from mock_engine.profile_measure.measuring import Measurement, Plan
 from mock_engine.profile_measure.overhead import Comparison, OverheadFit
 from mock_engine.profile_measure.settings import MeasureSettings
-from mock_engine.profile_writing import Document, shape_section, write_folder
+from mock_engine.profile_writing import Document, Origin, Target, make_document, write_folder
+from mock_engine.roofline import GpuDatasheet
 from mock_engine.timing import TimingModel
 
-BLOCK_SIZE = 16  # vLLM's default
 NO_OVERHEAD = OverheadFit(0.0, 0.0, (0.0,), (0.0,))
 
 
@@ -59,7 +59,7 @@ def compare(document: Document, tables: dict[str, LatencyTable], measured: list[
     ]
 
 
-def make_document(
+def measured_document(
     settings: MeasureSettings,
     config: ModelConfig,
     device: Device,
@@ -73,34 +73,24 @@ def make_document(
     attention, elementwise = how
     on_cpu = " Measured on a CPU, to try the way through: it says nothing of any GPU." if device.kind == "cpu" else ""
     timer = "CUDA events around replays of a CUDA graph" if device.kind == "cuda" else "the host's clock, no graph"
-    return {
-        "gpu": device.gpu,
-        "model": config.name,
-        "engine": "torch",
-        "engine_version": device.software.split(",")[0].removeprefix("torch "),
-        "tp": 1,
-        "dtype": settings.dtype,
-        "tables": "kernels",
-        "is_measured": True,
-        "source": {
-            "how_measured": (
+    datasheet = GpuDatasheet(**{name: _rounded(value) for name, value in asdict(device.datasheet).items()})
+    torch_version = device.software.split(",")[0].removeprefix("torch ")
+    document = make_document(
+        Target(device.gpu, config, "torch", torch_version, 1, settings.dtype, datasheet),
+        Origin(
+            how_measured=(
                 f"Parts of a pass, each alone, on {device.product} ({device.software}; clock: {device.clock}), {date}. "
                 f"Random weights and KV cache, {attention} over a padded, unpaged KV cache, element-wise kernels "
                 f"{elementwise}. Median of up to {settings.repeats} repeats after 2 to warm up, {timer}, L2 cache "
                 f"emptied before each; some layers run and counted for all.{on_cpu}"
             ),
-            "source": f"measured here with 'mock-engine profiles measure' on {date}",
-            "source_version": f"mock-engine {version('mock-engine')}, {device.software}",
-            "licence": "own measurement",
-            "build_command": build_command(settings, config),
-        },
-        "engine_defaults": {
-            "block_size": BLOCK_SIZE,
-            "max_model_len": plan.limits.max_model_len,
-            "max_num_seqs": plan.limits.max_num_seqs,
-            "max_num_batched_tokens": plan.limits.max_num_batched_tokens,
-        },
-        "timing": {
+            source=f"measured here with 'mock-engine profiles measure' on {date}",
+            source_version=f"mock-engine {version('mock-engine')}, {device.software}",
+            licence="own measurement",
+            build_command=build_command(settings, config),
+        ),
+        "kernels",
+        {
             "overhead_step_s": _rounded(overhead.step_s),
             "overhead_per_seq_s": _rounded(overhead.per_seq_s),
             "overhead_source": (
@@ -112,9 +102,9 @@ def make_document(
             "jitter_cv": _rounded(jitter_cv),
             "jitter_source": "Repeats of whole passes, median coefficient of variation; an engine's own is not in it.",
         },
-        "model_shape": shape_section(config.shape),
-        "gpu_datasheet": {name: _rounded(value) for name, value in asdict(device.datasheet).items()},
-    }
+    )
+    document["engine_defaults"] |= asdict(plan.limits)
+    return document
 
 
 def build_command(settings: MeasureSettings, config: ModelConfig) -> str:
