@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from mock_engine.cli import main
 from mock_engine.errors import ProfileError
+from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.latency_table import make_table
 from mock_engine.profile import PROFILES_DIR, Profile, check_profile, list_profiles, load_profile
 from mock_engine.profile_import import import_dynamo_sweep, import_kernel_tables, import_splitwise, import_step_rows
 from mock_engine.profile_import.catalogue import build, read_catalogue
 from mock_engine.profile_import.fit_overhead import Experiment, fit, read_experiments
-from mock_engine.profile_import.kernel_tables import KernelTables
+from mock_engine.profile_import.kernel_tables import REPORTED_MEMORY, KernelTables
 from mock_engine.profile_import.known_models import MODELS
 from mock_engine.profile_import.outliers import without_outliers
 from mock_engine.profile_import.overhead import H100_VLLM
@@ -204,6 +205,22 @@ def test_any_model_and_gpu_that_the_tables_cover_can_be_imported(tmp_path):
     assert 45e9 < profile.datasheet.memory_bytes < 48 * 2**30
     assert profile.shape.tie_word_embeddings
     assert profile.max_num_batched_tokens == 4096
+
+
+@needs_kernel_tables
+@pytest.mark.parametrize(("gpu", "dtype"), DATASHEETS)
+def test_our_data_sheets_say_what_those_of_the_kernel_tables_say(gpu, dtype):
+    """Which of them is taken makes no difference to a profile: within 1 %, memory as CUDA reports it."""
+    (package,) = importlib.util.find_spec("aiconfigurator_core").submodule_search_locations
+    text = (Path(package) / "systems" / f"{gpu.replace('-', '_')}.yaml").read_text(encoding="utf-8")
+    figures = importlib.import_module("yaml").safe_load(text)
+    datasheet = DATASHEETS[gpu, dtype]
+    assert datasheet.flops_per_s == pytest.approx(
+        figures["gpu"]["fp8_tc_flops" if dtype == "fp8" else "bfloat16_tc_flops"], rel=0.01
+    )
+    assert datasheet.memory_bytes_per_s == pytest.approx(figures["gpu"]["mem_bw"], rel=0.01)
+    assert datasheet.memory_bytes == pytest.approx(REPORTED_MEMORY * figures["gpu"]["mem_capacity"], rel=0.01)
+    assert datasheet.nvlink_bytes_per_s == pytest.approx(figures["node"]["intra_node_bw"], rel=0.01)
 
 
 DYNAMO_HEADER = "hw,model,kind,tp,ver,isl,ms,ctx,batch"
