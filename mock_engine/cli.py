@@ -5,7 +5,7 @@ The command line.
     mock-engine bench      serve, AIPerf against it, and a report
     mock-engine simulate   the same engine in virtual time
     mock-engine worker     one worker for a cluster that is already there
-    mock-engine profiles   list, show, check
+    mock-engine profiles   list, show, check, import, measure
 
 A mistake of the user's is one line on stderr and exit status 2; a part that
 dies is exit status 1; Ctrl-C before the work is done is 130.
@@ -28,6 +28,8 @@ from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import MockEngineError, ProcessError
 from mock_engine.flags import OneLineParser, add_engine_flags, add_fleet_flags, add_load_flags, add_model_flags
 from mock_engine.fleet import FleetSettings
+from mock_engine.import_command import add_import_flags
+from mock_engine.profile_measure.settings import add_measure_flags
 from mock_engine.simulate_flags import add_simulate_flags
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
@@ -114,16 +116,27 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("worker", help="one Dynamo worker for a cluster that is already there", add_help=False)
 
-    profiles = commands.add_parser("profiles", help="the measured GPUs: list, show, check")
+    profiles = commands.add_parser("profiles", help="the measured GPUs: list, show, check, import, measure")
     actions = profiles.add_subparsers(metavar="ACTION", required=True)
     list_ = actions.add_parser("list", help="the profiles that come with the package")
     show = actions.add_parser("show", help="all there is to know about one profile")
     show.add_argument("profile", help="a name from the list, or a folder")
     check = actions.add_parser("check", help="find everything that is wrong with profiles")
     check.add_argument("profiles", nargs="*", metavar="profile", help="names or folders (default: all that ship)")
-    for name, action in (("list", list_), ("show", show), ("check", check)):
-        _add_json_flag(action, "write the same there, for machines")
+    measure = actions.add_parser(
+        "measure",
+        help="time a model's passes on your GPU, and make a profile of them",
+        epilog="For example: mock-engine profiles measure --model llama-3.1-8b --out my-profile. See docs/measure.md.",
+    )
+    add_measure_flags(measure)
+    for name, action in (("list", list_), ("show", show), ("check", check), ("measure", measure)):
+        _add_json_flag(
+            action, "write every repeat there" if action is measure else "write the same there, for machines"
+        )
         action.set_defaults(run=_profiles, action=name)
+    import_ = actions.add_parser("import", help="make profiles out of measurements: NVIDIA's, Dynamo's, your own")
+    add_import_flags(import_)
+    import_.set_defaults(run=_profiles, action="import")
     return parser
 
 
@@ -176,6 +189,14 @@ def _profiles(flags: argparse.Namespace) -> int:
     from mock_engine.profiles_command import check_command, list_command, show_command
 
     console = Console()
+    if flags.action == "import":
+        from mock_engine.import_command import import_command
+
+        return import_command(flags, console)
+    if flags.action == "measure":
+        from mock_engine.profile_measure.command import measure_command
+
+        return measure_command(flags, console)
     if flags.action == "list":
         return list_command(flags.json, console)
     if flags.action == "show":

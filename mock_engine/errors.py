@@ -18,7 +18,7 @@ class ConfigError(MockEngineError):
 
 
 class ProfileError(MockEngineError):
-    """A profile is unknown, incomplete or corrupt."""
+    """A profile is unknown, incomplete or corrupt, or cannot be made of what was named."""
 
 
 class RequestError(MockEngineError):

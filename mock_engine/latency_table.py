@@ -27,6 +27,7 @@ from mock_engine.errors import ProfileError
 FloatArray = NDArray[np.float64]
 
 TIME_COLUMN = "ms"
+MAX_AXIS_VALUE = 2**18  # tokens, sequences: as far as step times are laid out
 
 
 def _fill(x_values: FloatArray, y_values: FloatArray, grid: FloatArray) -> FloatArray:
@@ -210,13 +211,14 @@ def write_table(path: Path, table: LatencyTable) -> None:
 
 
 def _number(path: Path, line: int, column: str, cell: str) -> float:
-    """One cell as a number: ms above 0, anything else 0 or more."""
-    allowed = "a number above 0" if column == TIME_COLUMN else "a whole number, 0 or more"
+    """One cell as a number: ms above 0, anything else a count."""
+    allowed = "a number above 0" if column == TIME_COLUMN else f"a whole number, 0 to {MAX_AXIS_VALUE:,}"
     try:
         value = float(cell)
     except ValueError:
         value = math.nan
-    is_allowed = math.isfinite(value) and (value > 0 if column == TIME_COLUMN else value >= 0 and value.is_integer())
+    is_count = 0 <= value <= MAX_AXIS_VALUE and value.is_integer()
+    is_allowed = (math.isfinite(value) and value > 0) if column == TIME_COLUMN else is_count
     if not is_allowed:
         raise ProfileError(f"{path}, line {line}, column {column}: found {cell!r}; allowed is {allowed}")
     return value

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ class Profile:
     shape: ModelShape
     datasheet: GpuDatasheet
     latency: dict[str, LatencyTable]  # by table name, see TABLE_COLUMNS
+    expected_error: dict[str, float]  # by table name: median share of a pass that a point left out is missed by
 
     @property
     def name(self) -> str:
@@ -114,7 +116,7 @@ class Profile:
             return self.measured_kv_blocks
         weights_bytes = self.shape.num_params * WEIGHT_BYTES[self.dtype] / self.tp
         usable_bytes = gpu_memory_utilization * self.datasheet.memory_bytes
-        block_bytes = self.block_size * self.shape.kv_bytes_per_token / self.tp
+        block_bytes = self.block_size * self.shape.kv_bytes_per_token_on_each(self.tp)
         num_blocks = math.floor((usable_bytes - weights_bytes - RESERVED_BYTES) / block_bytes)
         if num_blocks < 1:
             needed = (weights_bytes + RESERVED_BYTES + block_bytes) / self.datasheet.memory_bytes
@@ -129,6 +131,11 @@ class Profile:
                 f"{advice}"
             )
         return num_blocks
+
+
+def as_name(text: str) -> str:
+    """`text` as a part of a profile's name: lower case, dashes for what is no letter, digit or dot."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
 def list_profiles() -> list[str]:
@@ -155,14 +162,15 @@ def check_profile(path: str | Path) -> list[str]:
 
 
 def _find_folder(name_or_path: str | Path) -> Path:
-    names = list_profiles()
-    if str(name_or_path) in names:
-        return PROFILES_DIR / name_or_path
     folder = Path(name_or_path)
+    shipped = PROFILES_DIR / folder
+    if len(folder.parts) == 3 and (shipped / "profile.toml").is_file():
+        return shipped
     if (folder / "profile.toml").is_file():
         return folder
     if folder.is_dir():
         raise ProfileError(f"{folder} is a folder without profile.toml. Use a folder that has one, or a shipped name.")
+    names = list_profiles()
     close = difflib.get_close_matches(str(name_or_path), names, n=3, cutoff=0.4)
     shown = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(names) or 'none'}."
     raise ProfileError(f"no profile {str(name_or_path)!r}, neither shipped nor a folder. {shown}")
@@ -198,7 +206,13 @@ _KEYS: dict[str, dict[str, _Check]] = {
         **dict.fromkeys(("overhead_source", "jitter_source"), _TEXT),
     },
     "kv_cache": {"measured_kv_blocks?": _COUNT, "measured_gpu_memory_utilization?": _SHARE},
-    "model_shape": dict.fromkeys(ModelShape.__dataclass_fields__, _COUNT),
+    "expected_error": {f"{table}?": _NOT_NEGATIVE for columns in TABLE_COLUMNS.values() for table in columns},
+    "model_shape": {
+        **dict.fromkeys(("num_params", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"), _COUNT),
+        "vocab_size": _COUNT,
+        "tie_word_embeddings?": _FLAG,
+        **dict.fromkeys(("num_experts?", "num_experts_per_tok?", "num_expert_params?"), _COUNT),
+    },
     "gpu_datasheet": dict.fromkeys(GpuDatasheet.__dataclass_fields__, _POSITIVE),
 }
 
@@ -234,13 +248,15 @@ def _read_profile(folder: Path) -> tuple[Profile | None, list[str]]:
         shape=ModelShape(**document["model_shape"]),
         datasheet=GpuDatasheet(**document["gpu_datasheet"]),
         latency=latency,
+        expected_error=document["expected_error"],
     ), []
 
 
 def _document_problems(path: Path, document: dict[str, Any]) -> list[str]:
     problems: list[str] = []
     unknown: list[str] = []
-    document.setdefault("kv_cache", {})
+    for section in ("kv_cache", "expected_error"):
+        document.setdefault(section, {})
     for section, checks in _KEYS.items():
         where = f"{path}, [{section}]" if section else f"{path}"
         values = document.get(section) if section else {k: v for k, v in document.items() if k not in _KEYS}
@@ -260,4 +276,27 @@ def _document_problems(path: Path, document: dict[str, Any]) -> list[str]:
         problems.append(
             f"{path}, [kv_cache]: both keys go together, or neither; found {next(iter(document['kv_cache']))}"
         )
+    experts = [key for key in document.get("model_shape", {}) if "expert" in key]
+    if not problems and experts:
+        problems += _expert_problems(f"{path}, [model_shape]", document["model_shape"], experts)
     return problems
+
+
+def _expert_problems(where: str, shape: dict[str, int], found: list[str]) -> list[str]:
+    """What is wrong with a mixture of experts whose numbers are all counts."""
+    if len(found) < 3:
+        return [
+            f"{where}: num_experts, num_experts_per_tok and num_expert_params go together, or none; "
+            f"found {', '.join(found)}"
+        ]
+    if shape["num_experts_per_tok"] > shape["num_experts"]:
+        return [
+            f"{where}: num_experts_per_tok = {shape['num_experts_per_tok']}; "
+            f"allowed is up to num_experts, {shape['num_experts']}"
+        ]
+    if shape["num_expert_params"] >= shape["num_params"]:
+        return [
+            f"{where}: num_expert_params = {shape['num_expert_params']}; "
+            f"allowed is less than num_params, {shape['num_params']}"
+        ]
+    return []

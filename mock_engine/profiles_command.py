@@ -1,4 +1,4 @@
-"""`mock-engine profiles list | show | check`."""
+"""`mock-engine profiles list | show | check`; `import` is in `import_command`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mock_engine.errors import ProfileError
@@ -15,30 +16,42 @@ from mock_engine.profile import Profile, check_profile, list_profiles, load_prof
 from mock_engine.step import PrefillChunk, StepLoad
 from mock_engine.timing import TimingModel
 
+_HOW_MEASURED = {
+    "kernels": "kernels, each timed alone, summed",
+    "steps": "whole passes of a running engine",
+    "not measured": "not measured",
+}
 _SHOWN_PREFILLS = (512, 2048, 8192)  # new tokens
 _SHOWN_DECODES = ((1, 1024), (32, 1024), (128, 1024), (32, 8192))  # batch size, context tokens of each
 
 
 def list_command(json_path: Path | None, console: Console) -> int:
-    """Print the shipped profiles, one a row."""
+    """Print the shipped profiles, one a row, under where they come from and how they were measured."""
     profiles = [load_profile(name) for name in list_profiles()]
-    write_json(json_path, [summarize(profile) for profile in profiles])
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("profile", no_wrap=True)
-    for column in ("KV tokens", "decode", "prefill"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("tables")
+    if json_path is not None:
+        write_json(json_path, [summarize(profile) for profile in profiles])
+    by_source: dict[tuple[str, str], list[Profile]] = {}
     for profile in profiles:
-        summary = summarize(profile)
-        table.add_row(
-            profile.name,
-            f"{summary['kv_tokens']:,}",
-            f"{summary['decode_ms']['batch_size 32, context_tokens 1024']:.1f}",
-            f"{summary['prefill_ms']['new_tokens 2048']:.1f}",
-            profile.tables if profile.is_measured else "no",
-        )
-    console.print(table)
-    console.print("[dim]ms for: decode of 32 sequences of 1,024 tokens; prefill of 2,048 tokens[/dim]")
+        source = f"{profile.source} ({profile.source_version}, {profile.licence})"
+        by_source.setdefault((source, profile.tables if profile.is_measured else "not measured"), []).append(profile)
+    for (source, how), of_source in by_source.items():
+        console.print(f"[bold]{escape(source)}[/bold]: {_HOW_MEASURED[how]}", highlight=False, soft_wrap=True)
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("profile", no_wrap=True)
+        table.add_column("engine", no_wrap=True)
+        for column in ("KV tokens", "error"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for profile in of_source:
+            kv_tokens = profile.total_kv_blocks() * profile.block_size
+            error = f"{max(profile.expected_error.values()):.1%}" if profile.expected_error else ""
+            table.add_row(profile.name, profile.engine_version, f"{kv_tokens:,}", error)
+        console.print(table)
+        console.print()
+    console.print(
+        "[dim]error: a point left out and predicted from the others misses by this share of its pass (median, of the "
+        "worst table); the measurement's own error comes on top[/dim]",
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -97,7 +110,13 @@ def summarize(profile: Profile) -> dict[str, Any]:
         },
         "kv_blocks": num_blocks,
         "kv_tokens": num_blocks * profile.block_size,
+        "kv_capacity": (
+            f"reported by the engine at a utilization of {profile.measured_gpu_memory_utilization}"
+            if profile.measured_kv_blocks
+            else "computed from memory, weights and KV bytes a token"
+        ),
         "jitter_cv": profile.jitter_cv,
+        "expected_error": profile.expected_error,
         "prefill_ms": {key: round(timing.step_s(load) * 1e3, 3) for key, load in prefills.items()},
         "decode_ms": {key: round(timing.step_s(load) * 1e3, 3) for key, load in decodes.items()},
         "model_shape": asdict(profile.shape),

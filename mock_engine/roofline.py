@@ -25,7 +25,7 @@ SMOOTHNESS = 4.0  # how sharply arithmetic-bound turns into memory-bound
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What of a dense transformer decides its cost."""
+    """What of a transformer decides its cost. A mixture of experts has the last three, a dense one has no experts."""
 
     num_params: int
     num_layers: int
@@ -34,16 +34,25 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    tie_word_embeddings: bool = False  # the LM head is the embedding, and counts once in `num_params`
+    num_experts: int = 1  # in each layer
+    num_experts_per_tok: int = 1  # of which each token takes this many
+    num_expert_params: int = 0  # in all experts of all layers; part of `num_params`
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token over all layers and all GPUs."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * KV_AND_ACTIVATION_BYTES
 
+    def kv_bytes_per_token_on_each(self, tp: int) -> float:
+        """What each of `tp` GPUs holds of that: its share of the heads, and no less than one head."""
+        return self.kv_bytes_per_token / min(tp, self.num_kv_heads)
+
     @property
     def num_layer_params(self) -> int:
-        """Parameters that every token meets: all but the embedding and the LM head."""
-        return self.num_params - 2 * self.vocab_size * self.hidden_size
+        """Parameters in the layers: all but the embedding and the LM head."""
+        num_tables = 1 if self.tie_word_embeddings else 2
+        return self.num_params - num_tables * self.vocab_size * self.hidden_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +80,24 @@ class Roofline:
     weight_bytes: int  # bytes of one weight
 
     def linear_s(self, tokens: FloatArray) -> FloatArray:
-        """All matrices in the layers."""
-        return self._matrices_s(self.shape.num_layer_params, tokens)
+        """
+        All matrices in the layers. Of the experts, each token computes with its own, and memory is read for
+        those that any token takes: as many as are expected if tokens take them at random.
+        """
+        shape = self.shape
+        share = shape.num_experts_per_tok / shape.num_experts
+        num_shared_params = shape.num_layer_params - shape.num_expert_params
+        touched = 1 - (1 - share) ** np.asarray(tokens, dtype=np.float64)
+        return self._matrices_s(
+            num_shared_params + share * shape.num_expert_params,
+            num_shared_params + touched * shape.num_expert_params,
+            tokens,
+        )
 
     def head_s(self, sequences: FloatArray) -> FloatArray:
         """The LM head, which sees one token of each sequence."""
-        return self._matrices_s(self.shape.vocab_size * self.shape.hidden_size, sequences)
+        num_params = self.shape.vocab_size * self.shape.hidden_size
+        return self._matrices_s(num_params, num_params, sequences)
 
     def communication_s(self, tokens: FloatArray) -> FloatArray:
         """Two all-reduces a layer."""
@@ -86,13 +107,13 @@ class Roofline:
 
     def prefill_attention_s(self, new_tokens: FloatArray, past_tokens: FloatArray) -> FloatArray:
         """Causal attention of one sequence: new tokens over the past and over each other."""
-        kv_bytes = (new_tokens + past_tokens) * self.shape.kv_bytes_per_token / self.tp
+        kv_bytes = (new_tokens + past_tokens) * self.shape.kv_bytes_per_token_on_each(self.tp)
         compute_s = self._attention_flops(new_tokens, past_tokens) / self.gpu.flops_per_s
         return smooth_max(compute_s, kv_bytes / self.gpu.memory_bytes_per_s)
 
     def decode_attention_s(self, batch_size: FloatArray, context_tokens: FloatArray) -> FloatArray:
         """Attention of one token each over `context_tokens` each."""
-        kv_bytes = batch_size * context_tokens * self.shape.kv_bytes_per_token / self.tp
+        kv_bytes = batch_size * context_tokens * self.shape.kv_bytes_per_token_on_each(self.tp)
         return np.asarray(kv_bytes / self.gpu.memory_bytes_per_s)
 
     def prefill_s(self, new_tokens: FloatArray) -> FloatArray:
@@ -114,10 +135,10 @@ class Roofline:
             + self.decode_attention_s(batch_size, context_tokens)
         )
 
-    def _matrices_s(self, num_params: int, tokens: FloatArray) -> FloatArray:
-        compute_s = 2.0 * num_params / self.tp * tokens / self.gpu.flops_per_s
-        weights_s = np.full_like(tokens, num_params * self.weight_bytes / self.tp / self.gpu.memory_bytes_per_s)
-        return smooth_max(compute_s, weights_s)
+    def _matrices_s(self, params_per_token: float, params_read: float | FloatArray, tokens: FloatArray) -> FloatArray:
+        compute_s = 2.0 * params_per_token / self.tp * tokens / self.gpu.flops_per_s
+        read_s = params_read * self.weight_bytes / self.tp / self.gpu.memory_bytes_per_s
+        return smooth_max(compute_s, read_s)
 
     def _attention_flops(self, new_tokens: FloatArray, past_tokens: FloatArray) -> FloatArray:
         pairs = new_tokens * past_tokens + new_tokens * (new_tokens + 1) / 2

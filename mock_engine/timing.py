@@ -29,7 +29,7 @@ import numpy as np
 from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 
-from mock_engine.latency_table import LatencyTable
+from mock_engine.latency_table import MAX_AXIS_VALUE, LatencyTable
 from mock_engine.monotone import MonotoneCurve, MonotoneSurface, between_points, in_order, knots_up_to, without_dips
 from mock_engine.profile import Profile
 from mock_engine.roofline import smooth_max
@@ -38,7 +38,7 @@ from mock_engine.step import StepLoad
 FloatArray = NDArray[np.float64]
 
 # How far the grids reach on each axis: tokens, sequences. Beyond, time grows in proportion.
-MAX_TOKENS = 2.0**18
+MAX_TOKENS = float(MAX_AXIS_VALUE)
 
 
 class TimingModel:

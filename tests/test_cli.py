@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,25 @@ def test_profiles_list_and_show_say_the_same_to_people_and_machines(capsys, tmp_
     assert SHIPPED in shown_in_list
     assert "28,198" in shown
     assert "Apache-2.0" in shown
+
+
+def test_profiles_list_says_where_figures_come_from_how_they_were_measured_and_how_far_to_trust_them(capsys):
+    assert main(["profiles", "list"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "NVIDIA aiconfigurator-core, measured kernel tables (0.12.0, Apache-2.0): kernels, each timed alone, summed",
+        "Mutinifni/splitwise-sim, data/perf_model.csv (8f99e7d, MIT): whole passes of a running engine",
+        "error: a point left out and predicted from the others misses by this share of its pass",
+    ):
+        assert text in out
+    assert re.search(rf"^{SHIPPED} +0\.24\.0 +451,168 +1\.7%$", out, re.MULTILINE)
+
+
+def test_profiles_list_does_not_lay_out_step_times(monkeypatch, capsys):
+    """It has many to list, and must be there at once."""
+    monkeypatch.setattr("mock_engine.profiles_command.TimingModel", None)
+    assert main(["profiles", "list"]) == 0
+    assert SHIPPED in capsys.readouterr().out
 
 
 def test_a_json_file_that_cannot_be_written_is_one_line(capsys, tmp_path):

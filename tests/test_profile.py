@@ -11,6 +11,7 @@ import pytest
 
 from mock_engine.errors import ProfileError
 from mock_engine.profile import PROFILES_DIR, check_profile, list_profiles, load_profile
+from mock_engine.profiles_command import summarize
 from mock_engine.roofline import ModelShape
 
 H100_8B = "h100-sxm/llama-3.1-8b/vllm-tp1-bf16"
@@ -37,7 +38,54 @@ def test_the_shipped_profiles_are_all_there_and_fine():
         assert check_profile(name) == []
         profile = load_profile(name)
         assert profile.name == name
-        assert profile.total_kv_blocks() * profile.block_size > profile.max_model_len
+        assert profile.total_kv_blocks() * profile.block_size >= profile.max_model_len
+        assert profile.expected_error
+        assert max(profile.expected_error.values()) <= 0.1
+
+
+def test_the_catalogue_covers_what_it_promises():
+    """H100 and A100, three engines, dense models, experts and fp8."""
+    names = set(list_profiles())
+    for gpu in ("h100-sxm", "a100-sxm"):
+        for engine in ("vllm", "trtllm", "sglang"):
+            for model, tps in {
+                "llama-3.1-8b": (1, 2),
+                "llama-3.1-70b": (4, 8),
+                "llama-2-70b": (4, 8),
+                "qwen3-14b": (1,),
+                "qwen3-32b": (1, 2, 4),
+                "codellama-34b": (2,),
+                "mixtral-8x7b": (2,),
+            }.items():
+                assert {f"{gpu}/{model}/{engine}-tp{tp}-bf16" for tp in tps} <= names
+    assert {f"h100-sxm/llama-3.3-70b/{engine}-tp{tp}-fp8" for engine in ("vllm", "trtllm") for tp in (2, 4, 8)} <= names
+
+
+def test_a_shipped_profile_is_small():
+    """So that the package stays small, and a person can read a table."""
+    for name in list_profiles():
+        assert sum(path.stat().st_size for path in (PROFILES_DIR / name).iterdir()) < 60_000
+
+
+@pytest.mark.parametrize(
+    ("name", "num_blocks"),
+    [
+        ("h100-sxm/llama-3.1-70b/vllm-tp4-bf16", 30_251),
+        ("h100-sxm/llama-2-70b/vllm-tp4-bf16", 31_356),
+        ("h100-sxm/codellama-34b/vllm-tp2-bf16", 26_602),
+    ],
+)
+def test_where_an_engine_reported_its_kv_blocks_that_number_counts(name, num_blocks):
+    profile = load_profile(name)
+    assert profile.total_kv_blocks(0.9) == num_blocks
+    assert summarize(profile)["kv_capacity"] == "reported by the engine at a utilization of 0.9"
+    assert "computed" in summarize(load_profile(H100_8B))["kv_capacity"]
+
+
+def test_each_gpu_holds_one_kv_head_at_least():
+    """Four KV heads on eight GPUs: each head is there twice, and the capacity no larger than on four."""
+    shape = replace(load_profile(H100_8B).shape, num_kv_heads=4)
+    assert shape.kv_bytes_per_token_on_each(8) == shape.kv_bytes_per_token_on_each(4) == shape.kv_bytes_per_token / 4
 
 
 @pytest.mark.parametrize("path", sorted(path for path in PROFILES_DIR.rglob("*") if path.is_file()))
@@ -142,6 +190,31 @@ CORRUPT = [
         "both keys go together",
         id="half of a block count",
     ),
+    pytest.param(
+        spoil_toml("^vocab_size = .*$", "vocab_size = 128256\nnum_experts = 8"),
+        "num_experts, num_experts_per_tok and num_expert_params go together, or none; found num_experts",
+        id="half of the experts",
+    ),
+    pytest.param(
+        spoil_toml(
+            "^vocab_size = .*$",
+            "vocab_size = 128256\nnum_experts = 8\nnum_experts_per_tok = 9\nnum_expert_params = 1000",
+        ),
+        "num_experts_per_tok = 9; allowed is up to num_experts, 8",
+        id="too many experts for a token",
+    ),
+    pytest.param(
+        spoil_toml(
+            "^vocab_size = .*$",
+            "vocab_size = 128256\nnum_experts = 8\nnum_experts_per_tok = 2\nnum_expert_params = 9000000000",
+        ),
+        "num_expert_params = 9000000000; allowed is less than num_params",
+        id="more in the experts than in the model",
+    ),
+    pytest.param(
+        spoil_toml(r"^\[expected_error\]$", "[expected_error]\nluck = 0.5"), "unknown key luck", id="unknown error"
+    ),
+    pytest.param(spoil_line("linear.csv", 3, "300000,4"), "allowed is a whole number, 0 to 262,144", id="too far"),
     pytest.param(spoil_toml("^gpu = .*$", "gpu = "), "cannot be read as TOML", id="not TOML"),
     pytest.param(lambda folder: (folder / "head.csv").unlink(), "head.csv: the file is missing", id="no table"),
     pytest.param(

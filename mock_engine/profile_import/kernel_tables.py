@@ -4,9 +4,9 @@ Profiles from measured kernels: NVIDIA's tables in the aiconfigurator-core wheel
     import_kernel_tables("h100_sxm", "llama-3.1-8b", tp=1, dtype="bf16", engine="vllm", out_dir=Path("profiles"))
 
 The wheel holds times of single kernels as an engine runs them (matrix products,
-attention, all-reduce), and works without network and GPU. We ask it for whole
+attention, experts, all-reduce), and works without network and GPU. We ask it for whole
 passes, keep the parts apart, and ask only where it measured: token counts from
-its matrix tables, prompt lengths, batch sizes and contexts from its attention
+its matrix and expert tables, prompt lengths, batch sizes and contexts from its attention
 tables. Two parts are its own arithmetic: element-wise kernels (memory traffic),
 and prefill attention over past tokens (the causal area, at the measured rate of
 the whole length).
@@ -19,6 +19,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,16 @@ from typing import Any
 import numpy as np
 
 from mock_engine.errors import ProfileError
+from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.latency_table import LatencyTable, make_table
+from mock_engine.model_config import ModelConfig, hub_config
 from mock_engine.profile import TABLE_COLUMNS, Profile
-from mock_engine.profile_import.facts import VLLM_DEFAULTS, Model, find_model
+from mock_engine.profile_import.known_models import find_model
+from mock_engine.profile_import.outliers import without_outliers
 from mock_engine.profile_import.overhead import H100_VLLM
-from mock_engine.profile_import.writing import make_document, write_profile
+from mock_engine.profile_import.writing import write_profile
+from mock_engine.profile_writing import Origin, Target, make_document
+from mock_engine.roofline import GpuDatasheet
 
 PAST_TOKENS = (0, 256, 1024, 4096, 16_384, 65_536, 114_688)
 MAX_PROMPT_TOKENS = 131_072
@@ -38,6 +44,12 @@ MAX_PROMPT_TOKENS = 131_072
 MIN_CONTEXT_TOKENS = 16
 MAX_DECODE_BATCH_SIZE = 1024
 QUANT_MODES = {"bf16": "bfloat16", "fp8": "fp8"}
+ENGINES = ("vllm", "trtllm", "sglang")
+# Of the memory on the box, CUDA reports this share (H100 SXM: 79.10 of 80 GiB).
+REPORTED_MEMORY = 0.9887
+
+# Besides all-reduces by name; around experts that are cut, and not spread, over the GPUs, dispatch is an all-reduce.
+COMMUNICATION = ("p2p", "moe_pre_dispatch", "moe_post_dispatch")
 
 Parts = dict[str, float]
 
@@ -45,45 +57,71 @@ Parts = dict[str, float]
 class KernelTables:
     """Measured kernels of one model under one engine; times in milliseconds, as the wheel gives them."""
 
-    def __init__(self, system: str, model: Model, tp: int, dtype: str, engine: str) -> None:
-        try:
-            sdk = importlib.import_module("aiconfigurator_core.sdk")
-            database = importlib.import_module("aiconfigurator_core.sdk.perf_database")
-        except ModuleNotFoundError as error:
-            raise ProfileError(
-                f"importing kernel tables needs the package {error.name}. Run: pip install aiconfigurator-core==0.12.0"
-            ) from None
-        if dtype not in QUANT_MODES:
-            raise ProfileError(f"no kernel tables for dtype {dtype!r}; there are tables for {', '.join(QUANT_MODES)}")
-        self.version = str(metadata.version("aiconfigurator-core"))
+    def __init__(
+        self, system: str, model: ModelConfig, tp: int, dtype: str, engine: str, engine_version: str | None = None
+    ) -> None:
+        sdk = _import("aiconfigurator_core.sdk")
         logging.getLogger("aiconfigurator_core").setLevel(logging.ERROR)
+        self.version = str(metadata.version("aiconfigurator-core"))
+        self._systems_dir = Path(str(sdk.__file__)).parents[1] / "systems"
+        self._system, self._engine_name = system, engine
+        if dtype not in QUANT_MODES:
+            raise ProfileError(
+                f"no kernel tables for dtype {dtype!r}; there are tables for {', '.join(QUANT_MODES)}. Use one of them."
+            )
+        self._quant_mode = QUANT_MODES[dtype]
+        self.engine_version = self._find_version(engine_version)
+        self._check_model(model, tp)
+        shape = model.shape
+        self._attention_shape = (shape.num_heads // tp, -(-shape.num_kv_heads // tp), shape.head_dim)
+        self._experts = (
+            {
+                "moe_dtype": self._quant_mode,
+                "hidden_size": shape.hidden_size,
+                "inter_size": model.intermediate_size,
+                "topk": shape.num_experts_per_tok,
+                "num_experts": shape.num_experts,
+                "moe_tp_size": tp,
+                "moe_ep_size": 1,
+            }
+            if shape.num_expert_params
+            else None
+        )
+        self._check_is_measured(tp)
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(_hub_config(model)), encoding="utf-8")
+            (Path(folder) / "config.json").write_text(json.dumps(hub_config(model)), encoding="utf-8")
             try:
                 self._engine: Any = sdk.EngineHandle.compile(
                     folder,
                     system,
                     engine,
+                    backend_version=self.engine_version,
                     tp_size=tp,
-                    gemm_quant_mode=QUANT_MODES[dtype],
+                    gemm_quant_mode=self._quant_mode,
                     kvcache_quant_mode="bfloat16",
                     fmha_quant_mode="bfloat16",
+                    **({"moe_tp_size": tp, "moe_quant_mode": self._quant_mode} if self._experts else {}),
                 )
+                self.prefill_parts(1)
             except Exception as error:  # the wheel raises all sorts
                 raise ProfileError(
-                    f"aiconfigurator-core has no tables for {system}, {engine}, tp {tp}: {error}"
+                    f"aiconfigurator-core {self.version} has no tables for {system}, {engine} {self.engine_version}, "
+                    f"tp {tp}, {dtype}: {' '.join(str(error).split())[:200]}. Use another engine, version or system."
                 ) from None
-        self.engine_version = str(database.resolve_query_version(system, engine, "current"))
-        self._perf_data = Path(str(sdk.__file__)).parents[1] / "systems" / "data" / system
-        self._engine_name = engine
-        self._quant_mode = QUANT_MODES[dtype]
-        self._attention_shape = {
-            "num_heads": model.shape.num_heads // tp,
-            "num_key_value_heads": -(-model.shape.num_kv_heads // tp),
-            "head_dim": model.shape.head_dim,
-            "kv_cache_dtype": "bfloat16",
-            "window_size": 0,
-        }
+
+    def datasheet(self, gpu: str, dtype: str) -> GpuDatasheet:
+        """The GPU's data sheet: ours, or for one that we do not have, the wheel's."""
+        if (gpu, dtype) in DATASHEETS:
+            return DATASHEETS[gpu, dtype]
+        text = (self._systems_dir / f"{self._system}.yaml").read_text(encoding="utf-8")
+        figures = importlib.import_module("yaml").safe_load(text)
+        flops = figures["gpu"][f"{self._quant_mode}_tc_flops"]
+        return GpuDatasheet(
+            float(flops),
+            float(figures["gpu"]["mem_bw"]),
+            REPORTED_MEMORY * figures["gpu"]["mem_capacity"],
+            float(figures["node"]["intra_node_bw"]),
+        )
 
     def prefill_parts(self, new_tokens: int, past_tokens: int = 0) -> Parts:
         """ms of each part of a prefill pass over one sequence."""
@@ -101,72 +139,203 @@ class KernelTables:
         return _parts(generation)
 
     def token_counts(self) -> list[int]:
-        """Rows for which matrix products were measured."""
-        rows = self._measured("gemm", {"gemm_dtype": self._quant_mode})
-        return sorted({int(m) for m in rows["m"]})
+        """Rows for which matrix products were measured, and with experts those too."""
+        counts = {int(m) for m in self._rows("gemm", {"gemm_dtype": self._quant_mode})["m"]}
+        if self._experts:
+            counts &= {int(tokens) for tokens in self._rows("moe", self._experts)["num_tokens"]}
+        return sorted(counts)
 
     def prompt_lengths(self) -> list[int]:
         """Lengths for which the attention of a single prompt was measured."""
-        rows = self._measured("context_attention", {**self._attention_shape, "batch_size": 1})
+        rows = self._attention_rows("context_attention", {"batch_size": 1})
         return sorted({int(isl) for isl in rows["isl"]})
 
     def decode_points(self) -> list[tuple[int, int]]:
         """(batch size, context tokens of each) for which decode attention was measured."""
-        rows = self._measured("generation_attention", self._attention_shape)
+        rows = self._attention_rows("generation_attention", {})
         return sorted({(int(b), int(step) + 1) for b, step in zip(rows["batch_size"], rows["step"], strict=True)})
 
-    def _measured(self, kernel: str, values: dict[str, Any]) -> Any:
+    def interpolated(self) -> str:
+        """What of the attention the source takes from neighbours, as a sentence; nothing if it measured it all."""
+        heads, kv_heads, _ = self._attention_shape
+        missing = [
+            f"{kernel.split('_')[0]} attention (nearest: {found[0]} and {found[1]})"
+            for kernel in ("context_attention", "generation_attention")
+            if (found := self._measured_shape(kernel))[:2] != (heads, kv_heads)
+        ]
+        if not missing:
+            return ""
+        shape = f"{heads} heads and {kv_heads} KV heads"
+        return f" With {shape} on a GPU not measured, but interpolated: {', '.join(missing)}."
+
+    def _find_version(self, wanted: str | None) -> str:
+        """The engine version whose tables to ask."""
+        data = self._systems_dir / "data"
+        systems = sorted(path.name for path in data.iterdir() if (self._systems_dir / f"{path.name}.yaml").is_file())
+        if self._system not in systems:
+            raise ProfileError(
+                f"aiconfigurator-core {self.version} has no tables for {self._system}; it has tables for "
+                f"{', '.join(systems)}. Use one of them."
+            )
+        engines = [engine for engine in ENGINES if (data / self._system / "attention" / engine).is_dir()]
+        if self._engine_name not in engines:
+            raise ProfileError(
+                f"aiconfigurator-core {self.version} has no tables for {self._engine_name} on {self._system}; it has "
+                f"tables for {', '.join(engines)}. Use one of them."
+            )
+        slots = _import("aiconfigurator_core.sdk.perf_database").get_version_slots(self._system, self._engine_name)
+        versions = {name: version for name, version in slots.items() if self._has_tables(str(version))}
+        if wanted is None and "current" in versions:
+            return str(versions["current"])
+        if wanted not in versions.values():
+            raise ProfileError(
+                f"aiconfigurator-core {self.version} has no tables for {self._engine_name} {wanted} on {self._system}; "
+                f"it has tables for {', '.join(versions.values())}. Use one of them, or leave the version out."
+            )
+        return str(wanted)
+
+    def _has_tables(self, version: str) -> bool:
+        folder = self._systems_dir / "data" / self._system
+        return all((folder / family / self._engine_name / version).is_dir() for family in ("gemm", "attention"))
+
+    def _check_model(self, model: ModelConfig, tp: int) -> None:
+        shape = model.shape
+        if shape.num_heads % tp or (shape.num_kv_heads % tp and tp % shape.num_kv_heads):
+            raise ProfileError(
+                f"tp {tp} does not divide {shape.num_heads} attention heads and {shape.num_kv_heads} KV heads. "
+                f"Use a tp that does."
+            )
+
+    def _check_is_measured(self, tp: int) -> None:
+        """Say plainly what would come back as an error from deep inside the wheel."""
+        where = f"for {self._engine_name} {self.engine_version} on {self._system}"
+        dtypes = sorted(set(self._rows("gemm", {})["gemm_dtype"]))
+        if self._quant_mode not in dtypes:
+            known = ", ".join(name for name, mode in QUANT_MODES.items() if mode in dtypes)
+            raise ProfileError(
+                f"no matrix products in {self._quant_mode} {where}; there are tables for {known}. Use it."
+            )
+        head_dim = self._attention_shape[2]
+        for kernel in ("context_attention", "generation_attention"):
+            head_dims = {int(value) for value in self._rows(kernel, {"window_size": 0})["head_dim"]}
+            if head_dim not in head_dims:
+                known = ", ".join(map(str, sorted(head_dims)))
+                raise ProfileError(
+                    f"no attention with a head_dim of {head_dim} {where}; there are tables for {known}. Use a model "
+                    "with one of them, or measure steps ('profiles import steps')."
+                )
+        sizes = sorted({1} | {int(size) for size in self._rows("custom_allreduce", {})["num_gpus"]})
+        if tp not in sizes:
+            raise ProfileError(
+                f"no all-reduce over {tp} GPUs {where}; there are tables for {', '.join(map(str, sizes))}. Use one."
+            )
+        if self._experts and not len(self._rows("moe", self._experts)):
+            wanted = ", ".join(f"{key} {value}" for key, value in self._experts.items())
+            raise ProfileError(f"no experts like these {where}: {wanted}. Use another tp, dtype, engine or model.")
+
+    def _attention_rows(self, kernel: str, values: dict[str, Any]) -> Any:
+        """The rows of the shape that is in the table and nearest to the model's."""
+        heads, kv_heads, head_dim = self._measured_shape(kernel)
+        shape = {"num_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+        return self._rows(kernel, {**shape, "kv_cache_dtype": "bfloat16", "window_size": 0, **values})
+
+    def _measured_shape(self, kernel: str) -> tuple[int, int, int]:
+        """(heads, KV heads, head_dim) in the table: the model's, or the one most like it."""
+        heads, kv_heads, head_dim = self._attention_shape
+        rows = self._rows(kernel, {"head_dim": head_dim, "kv_cache_dtype": "bfloat16", "window_size": 0})
+        found = sorted({(int(h), int(k)) for h, k in zip(rows["num_heads"], rows["num_key_value_heads"], strict=True)})
+        nearest = min(found, key=lambda pair: (abs(np.log(pair[1] / kv_heads)), abs(np.log(pair[0] / heads))))
+        return (*nearest, head_dim)
+
+    def _rows(self, kernel: str, values: dict[str, Any]) -> Any:
         """The rows of one kernel's table that have these values; a column the table lacks is ignored."""
-        family = "gemm" if kernel == "gemm" else "attention"
-        path = self._perf_data / family / self._engine_name / self.engine_version / f"{kernel}_perf.parquet"
-        rows = importlib.import_module("pandas").read_parquet(path)
+        family = {"gemm": "gemm", "moe": "moe", "custom_allreduce": "comm"}.get(kernel, "attention")
+        folder = self._systems_dir / "data" / self._system / family / self._engine_name / self.engine_version
+        path = folder / f"{kernel}_perf.parquet"
+        if not path.is_file():
+            raise ProfileError(
+                f"aiconfigurator-core {self.version} has no {kernel} table for {self._engine_name} "
+                f"{self.engine_version} on {self._system}. Use another engine or system."
+            )
+        rows = _read_parquet(path)
         for column, value in values.items():
             if column in rows:
                 rows = rows[rows[column] == value]
         return rows
 
 
-def import_kernel_tables(system: str, model: str, tp: int, dtype: str, engine: str, out_dir: Path) -> Profile:
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ProfileError(
+            f"importing kernel tables needs the package {error.name}. Run: pip install aiconfigurator-core==0.12.0"
+        ) from None
+
+
+@cache
+def _read_parquet(path: Path) -> Any:
+    return importlib.import_module("pandas").read_parquet(path)
+
+
+def import_kernel_tables(
+    system: str,
+    model: str,
+    tp: int,
+    dtype: str,
+    engine: str,
+    out_dir: Path,
+    *,
+    engine_version: str | None = None,
+) -> Profile:
     """
     Write `<out_dir>/<gpu>/<model>/<engine>-tp<N>-<dtype>` and return it as loaded.
 
-    `system` is the wheel's name of a GPU ("h100_sxm"), `model` one of `facts.MODELS`. Raises `ProfileError`.
+    `system` is the wheel's name of a GPU ("h100_sxm"), `model` a name in `known_models`, a config.json or its folder,
+    `engine_version` one that the wheel has tables of (the current one). Raises `ProfileError`.
     """
     gpu = system.replace("_", "-")
-    kernels = KernelTables(system, find_model(model), tp, dtype, engine)
+    system = system.replace("-", "_")
+    known = find_model(model)
+    kernels = KernelTables(system, known, tp, dtype, engine, engine_version)
     tables = kernel_latency(kernels)
     if tp == 1:
         del tables["communication"]
-    document = make_document(
-        gpu=gpu,
-        model=model,
-        engine=engine,
-        engine_version=kernels.engine_version,
-        tp=tp,
-        dtype=dtype,
-        tables="kernels",
-        defaults=VLLM_DEFAULTS[gpu],
-        source={
-            "how_measured": (
-                f"Kernels as {engine} {kernels.engine_version} runs them, timed one by one by NVIDIA on {gpu}, summed "
-                "by part of a pass. Not measured, but computed in the source: element-wise kernels (memory traffic), "
-                "prefill attention with past_tokens above 0 (causal area at the measured rate "
-                "of the whole length, and no less than without past tokens)."
-            ),
-            "source": "NVIDIA aiconfigurator-core, measured kernel tables",
-            "source_version": kernels.version,
-            "licence": "Apache-2.0",
-        },
-        timing=overhead_timing(gpu),
+    num_left_out = 0
+    for name, table in tables.items():
+        tables[name], left_out = without_outliers(table)
+        num_left_out += left_out
+    target = Target(gpu, known, engine, kernels.engine_version, tp, dtype, kernels.datasheet(gpu, dtype))
+    notes = kernels.interpolated()
+    if known.shape.num_expert_params:
+        notes += " Experts: under a load as skewed as a power law of 1.2."
+    if num_left_out:
+        notes += f" Points left out, slower by more than a quarter than larger ones: {num_left_out}."
+    origin = Origin(
+        how_measured=(
+            f"Kernels as {engine} {kernels.engine_version} runs them, timed one by one by NVIDIA on {gpu}, summed "
+            "by part of a pass. Not measured, but computed in the source: element-wise kernels (memory traffic), "
+            "prefill attention with past_tokens above 0 (causal area at the measured rate "
+            f"of the whole length, and no less than without past tokens).{notes}"
+        ),
+        source="NVIDIA aiconfigurator-core, measured kernel tables",
+        source_version=kernels.version,
+        licence="Apache-2.0",
+        build_command=(
+            f"mock-engine profiles import kernels --system {system} --model {model} --tp {tp} --dtype {dtype} "
+            f"--backend {engine} --backend-version {kernels.engine_version}"
+        ),
     )
-    return write_profile(out_dir, document, tables)
+    return write_profile(out_dir, make_document(target, origin, "kernels", overhead_timing(gpu, engine)), tables)
 
 
-def overhead_timing(gpu: str) -> dict[str, float | str]:
+def overhead_timing(gpu: str, engine: str) -> dict[str, float | str]:
     """The [timing] section: engine overhead and jitter as fitted on real runs of vLLM on H100."""
-    assumed = (
-        "" if gpu.startswith("h100") else f" No such run is at hand for {gpu}: the H100 host's overhead is assumed."
-    )
+    assumed = ""
+    if engine != "vllm":
+        assumed = f" No such run is at hand for {engine}: vLLM's overhead on an H100 host is assumed."
+    elif not gpu.startswith("h100"):
+        assumed = f" No such run is at hand for {gpu}: the H100 host's overhead is assumed."
     return {
         "overhead_step_s": H100_VLLM.step_s,
         "overhead_per_seq_s": H100_VLLM.per_seq_s,
@@ -219,27 +388,9 @@ def _parts(operations: list[tuple[str, float, float, str]]) -> Parts:
             part = "attention"
         elif operation == "logits_gemm":
             part = "head"
-        elif operation == "p2p" or operation.startswith("ar_") or operation.endswith("_ar"):
+        elif operation in COMMUNICATION or operation.startswith("ar_") or operation.endswith("_ar"):
             part = "communication"
         else:
             part = "linear"
         parts[part] += milliseconds
     return parts
-
-
-def _hub_config(model: Model) -> dict[str, object]:
-    """config.json of a Llama model, as the wheel reads it."""
-    shape = model.shape
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_attention_heads": shape.num_heads,
-        "num_hidden_layers": shape.num_layers,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": model.max_model_len,
-        "vocab_size": shape.vocab_size,
-        "torch_dtype": "bfloat16",
-    }
