@@ -84,7 +84,6 @@ def _conversation(module: str, name: str, facts: Facts, transcripts: list[Transc
     else:
         asked = [f"    calls = [{', '.join(calls)}]", "    chunks, *others = await asyncio.gather(*calls)"]
     return [
-        "from concurrent.futures import ThreadPoolExecutor",
         "from dynamo._core import Context",
         f"from {module} import {name.split('.')[0]}",
         *_talk(used),
@@ -102,10 +101,9 @@ def _talk(used: set[str]) -> list[str]:
     keywords = "".join(f", {place}=None" for place in sorted(used))
     lines = [
         f"async def talk(engine, request_id, request{keywords}):",
-        "    context, chunks, foreign = Context(request_id), [], ThreadPoolExecutor(1)",
-        "    off_loop, held = asyncio.get_running_loop().run_in_executor, []  # where Dynamo calls and drops",
-        "    try:",
-        "        await off_loop(foreign, lambda: held.append(engine.generate(request, context=context)))",
+        "    context, chunks, held = Context(request_id), [], []",
+        "    try:  # called and dropped off the loop, as Dynamo does",
+        "        await asyncio.to_thread(lambda: held.append(engine.generate(request, context=context)))",
         "        while not (chunks and chunks[-1].get('finish_reason')):",
     ]
     if "stop" in used or "abort" in used:
@@ -117,11 +115,11 @@ def _talk(used: set[str]) -> list[str]:
         lines.append("            if len(chunks) == drop: break")
     return [
         *lines,
-        "            step = await off_loop(foreign, held[0].__anext__)",
+        "            step = await asyncio.to_thread(held[0].__anext__)",
         "            chunks.append(await asyncio.wait_for(step, 10)); print(request_id, chunks[-1])",
         "    except (Exception, asyncio.CancelledError) as error:",
         "        print(request_id, repr(error)); chunks.append({'raised': repr(error)})",
-        "    foreign.submit(held.clear).result()",
+        "    await asyncio.to_thread(held.clear)",
         "    return chunks",
     ]
 
