@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,6 +249,21 @@ class RuleBroken(Exception):
         self.verdict = verdict
 
 
+class _Told:
+    """A finding as pytest prints it: whole once, and in its closing list, which is not cut in CI, by its first line."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.reprcrash = SimpleNamespace(message=text.partition("\n")[0])
+
+    def __str__(self) -> str:
+        return self.text
+
+    def toterminal(self, writer: Any) -> None:
+        for line in self.text.splitlines():
+            writer.line(line)
+
+
 class RuleFile(pytest.File):
     """The catalogue, as pytest sees it."""
 
@@ -289,7 +305,7 @@ class RuleItem(pytest.Item):
         if isinstance(error, RuleBroken) and error.verdict.is_out_of_date:
             return error.verdict.reason
         if isinstance(error, RuleBroken):
-            return format_finding(error.verdict, self.suite.settings.engine, self.suite.flags)
+            return _Told(format_finding(error.verdict, self.suite.settings.engine, self.suite.flags))
         if isinstance(error, SuiteError):
             return str(error)
         return super().repr_failure(excinfo, style)

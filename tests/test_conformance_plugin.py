@@ -140,6 +140,14 @@ def test_a_broken_engine_fails_with_all_that_a_stranger_needs(run, talkative):
     assert "gen.usage_present" in text  # the warning
 
 
+@pytest.mark.parametrize("is_in_ci", [False, True])
+def test_a_finding_is_printed_once_in_ci_too(run, talkative, monkeypatch, is_in_ci):
+    """pytest does not cut the lines of its closing list where the variable CI is set."""
+    monkeypatch.setenv("CI", "true") if is_in_ci else monkeypatch.delenv("CI", raising=False)
+    result = run(talkative, "--rule=gen.max_tokens", "--max-examples=3")
+    assert said(result).count("asyncio.run(main())") == 1
+
+
 def test_should_rules_fail_the_run_only_if_asked(run, talkative):
     run(talkative, "--rule=gen.usage_present", "--max-examples=3").assert_outcomes(xfailed=1)
     run(talkative, "--rule=gen.usage_present", "--max-examples=3", "--fail-on=should").assert_outcomes(failed=1)
