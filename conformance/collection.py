@@ -32,6 +32,7 @@ from conformance.settings import SuiteError, SuiteSettings
 from conformance.suite_report import run_from_json, run_to_json, write_report
 from conformance.terminal_summary import format_finding, print_capabilities, print_summary
 from conformance.verdict import Outcome, Subject, SuiteRun, Verdict
+from conformance.verdict_text import CHECKED
 
 CATALOGUE = Path(__file__).with_name("catalogue.csv")
 MARKERS = ("conformance", *(level.lower() for level in LEVELS), *AREAS)
@@ -177,8 +178,7 @@ class Suite:
         rule = verdict.rule
         if rule.level not in ("MUST", "SHOULD"):
             return dataclasses.replace(verdict, outcome=Outcome.WARNED, reason=f"{rule.level} rules only warn")
-        is_should = rule.level == "SHOULD" or (verdict.finding is not None and verdict.finding.is_should)
-        if is_should and self.fail_on == "must":
+        if verdict.is_should and self.fail_on == "must":
             what = "SHOULD rules" if rule.level == "SHOULD" else "this part of the rule is a SHOULD; those"
             return dataclasses.replace(
                 verdict, outcome=Outcome.WARNED, reason=f"{what} only warn, unless with --fail-on should"
@@ -232,7 +232,7 @@ class Suite:
             return
         if not self.facts.starts:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        elif not any(each.outcome not in (Outcome.SKIPPED, Outcome.UNCHECKED) for each in self.verdicts.values()):
+        elif not any(each.outcome in CHECKED for each in self.verdicts.values()):
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 

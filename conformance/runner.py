@@ -7,10 +7,8 @@ One rule, held against one engine: draws examples, shrinks what fails, says a ve
 
 from __future__ import annotations
 
-import base64
 import re
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +31,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from conformance.bench import Bench
 from conformance.catalogue import Rule
+from conformance.deviations import why_unreadable
 from conformance.release import dynamo_version
 from conformance.reproducer import reproducing_script
 from conformance.rules import UNCHECKABLE, Check, checks
@@ -98,7 +97,7 @@ def _without_failure(rule: Rule, tries: _Tries, error: HypothesisException, exam
     if example is not None and isinstance(error, DidNotReproduce):
         return Verdict(rule, Outcome.PASSED, num_examples=tries.num)
     if example is not None and isinstance(error, InvalidArgument):
-        if example[0] == hypothesis.__version__ and not _is_blob(example[1]):
+        if why_unreadable(example):
             raise SuiteError(
                 f"{rule.id}: the example {example[1]!r} cannot be read; copy it whole, as it was printed"
             ) from None
@@ -113,17 +112,6 @@ def _without_failure(rule: Rule, tries: _Tries, error: HypothesisException, exam
         reason = f"what could be tried depended on the engine's timing, and differed when it was tried again: {error}"
         return Verdict(rule, Outcome.SKIPPED, reason, num_examples=tries.num)
     raise error
-
-
-def _is_blob(text: str) -> bool:
-    """Whether it is as Hypothesis writes it: base64, and compressed or not, as its first byte says."""
-    try:
-        data = base64.b64decode(text, validate=True)
-        if data[:1] == b"\1":
-            zlib.decompress(data[1:])
-    except (ValueError, zlib.error):
-        return False
-    return data[:1] in (b"\0", b"\1")
 
 
 def why_not(bench: Bench, rule: Rule, check: Check) -> str:

@@ -207,5 +207,5 @@ def _wrap(text: str, console: Console, width: int, most: int) -> list[Text]:
 
 
 def _how_to_see(warned: list[Verdict]) -> str:
-    should = [v for v in warned if v.rule.level == "SHOULD" or (v.finding is not None and v.finding.is_should)]
-    return f"All that was found for a warning: {'--fail-on should, or ' if should else ''}--engine-report DIR"
+    should = "--fail-on should, or " if any(verdict.is_should for verdict in warned) else ""
+    return f"All that was found for a warning: {should}--engine-report DIR"

@@ -45,6 +45,11 @@ class Verdict:
     seconds: float = 0.0  # real time that the check took
     is_out_of_date: bool = False  # nothing is broken but its entry in the deviations file, and that fails the run
 
+    @property
+    def is_should(self) -> bool:
+        """Whether what was found is a SHOULD: the rule, or the part of a MUST rule that is broken."""
+        return self.rule.level == "SHOULD" or (self.finding is not None and self.finding.is_should)
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:

@@ -12,7 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -57,12 +57,7 @@ ALL_FLAGS = "--kv-events --metrics --logprobs --controls --logits"
 since_1_3 = pytest.mark.skipif(not release.is_at_least("1.3"), reason="from 1.3")
 
 
-@pytest.fixture(autouse=True)
-def _quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """What broken engines print is nobody's business."""
-    yield
-    capfd.readouterr()
-
+pytestmark = pytest.mark.usefixtures("quiet")
 
 # Broken engines.
 

@@ -4,10 +4,7 @@ The rules on what `generate` yields and on errors: each broken engine is noticed
 Pure checks are shown planted violations; some of the scripts that findings come with are run.
 """
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,25 +20,19 @@ from conformance.settings import Role, SuiteSettings
 from conformance.transcript import Event, Transcript, Violation
 from conformance.verdict import Outcome
 from conformance.wire import wire_request
+from tests.helpers.broken_engines import name_of, run_script, verdict_of_its_rule
 
 AREAS = ["gen.*", "err.*"]
 RULES = select(load_catalogue(), AREAS)
 OURS = [mutant for mutant in mutants() if mutant.rule_id.partition(".")[0] in ("gen", "err")]
 TOY = "conformance.selftest.toy:ToyEngine"
 EVERYTHING = "--kv-events --metrics --logprobs --controls --logits"
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def name_of(mutant: Mutant) -> str:
-    return f"{mutant.rule_id}-{mutant.name}"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # they are broken, after all
 @pytest.mark.parametrize("mutant", OURS, ids=name_of)
 def test_a_broken_engine_is_noticed_by_the_rule_that_names_it(mutant: Mutant):
-    verdict = verdict_on(mutant, seed=1, shrinks=False)
-    if not load_catalogue()[mutant.rule_id].is_in_release(release.dynamo_version()):
-        pytest.skip(verdict.reason)
+    verdict = verdict_of_its_rule(mutant)
     assert verdict.outcome is Outcome.FAILED, verdict.reason
 
 
@@ -182,11 +173,6 @@ def test_errors_are_sorted_by_whom_they_blame(error: Exception):
 
 
 # The scripts.
-
-
-def run_script(script: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", script]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(

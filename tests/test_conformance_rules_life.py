@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,38 +25,26 @@ from conformance.streams import DriverName
 from conformance.transcript import Event, Transcript, Violation
 from conformance.verdict import Outcome
 from conformance.wire import wire_request
+from tests.helpers.broken_engines import is_installed, name_of, run_script, verdict_of_its_rule
 
 AREAS = ("cancel", "abort", "drop", "life", "drain")
 RULES = select(load_catalogue(), [f"{area}.*" for area in AREAS])
 OURS = [mutant for mutant in mutants() if mutant.rule_id.partition(".")[0] in AREAS]
 TOY = "conformance.selftest.toy:ToyEngine"
 EVERYTHING = "--kv-events --metrics --logprobs --controls --logits"
-ROOT = Path(__file__).resolve().parent.parent
 
 # These engines leave tasks, coroutines and generators behind; that is what they are for.
 pytestmark = [
+    pytest.mark.usefixtures("quiet"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
     pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited:RuntimeWarning"),
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """What broken engines print is nobody's business."""
-    yield
-    capfd.readouterr()
-
-
-def name_of(mutant: Mutant) -> str:
-    return f"{mutant.rule_id}-{mutant.name}"
-
-
 @pytest.mark.parametrize("mutant", OURS, ids=name_of)
 def test_a_broken_engine_is_noticed_by_the_rule_that_names_it(mutant: Mutant):
-    verdict = verdict_on(mutant, seed=1, shrinks=False)
-    if not load_catalogue()[mutant.rule_id].is_in_release(release.dynamo_version()):
-        pytest.skip(verdict.reason)
+    verdict = verdict_of_its_rule(mutant)
     assert verdict.outcome is Outcome.FAILED, verdict.reason
     assert verdict.finding is not None
     assert len(verdict.finding.script.splitlines()) <= 25
@@ -289,17 +273,11 @@ def test_what_the_interpreter_says_of_a_dropped_stream_is_a_finding():
 # The scripts.
 
 
-def run_script(script: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", script]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-
-
 def one_of_each_rule() -> list[Mutant]:
     """The first mutant of each rule that this release has; not the one whose script waits for half a minute."""
     first: dict[str, Mutant] = {}
     for mutant in OURS:
-        is_installed = load_catalogue()[mutant.rule_id].is_in_release(release.dynamo_version())
-        if is_installed and mutant.name != "CleanupWaitsForRequests":
+        if is_installed(mutant) and mutant.name != "CleanupWaitsForRequests":
             first.setdefault(mutant.rule_id, mutant)
     return list(first.values())
 

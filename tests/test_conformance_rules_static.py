@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,14 +50,10 @@ ALL_FLAGS = "--kv-events --metrics --logprobs --controls --logits"
 HAS_LLM = release.is_at_least("1.3")
 
 # The dry run cannot know yet that what `generate` gives is no stream, and leaves it.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine '.*generate' was never awaited:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """What broken engines print is nobody's business."""
-    yield
-    capfd.readouterr()
+pytestmark = [
+    pytest.mark.usefixtures("quiet"),
+    pytest.mark.filterwarnings("ignore:coroutine '.*generate' was never awaited:RuntimeWarning"),
+]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.rule_id}-{mutant.name}")

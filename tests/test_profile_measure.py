@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from mock_engine.cli import main
 from mock_engine.errors import ConfigError
 from mock_engine.gpu_datasheets import DATASHEETS, NAMES_IN_CUDA
-from mock_engine.profile import check_profile, load_profile
+from mock_engine.profile import WEIGHT_BYTES, check_profile, load_profile
 from mock_engine.profile_measure.gpus import Device, known_datasheet
 from mock_engine.profile_measure.grid import NUM_LEVELS, PART_NAMES, Point, axis, levels, points_at
 from mock_engine.profile_measure.measured_models import read_measured
 from mock_engine.profile_measure.measuring import Plan, interleaved, layers_in_run, measure
-from mock_engine.profile_measure.memory import USABLE_SHARE, WEIGHT_BYTES, Limits, plan_memory
+from mock_engine.profile_measure.memory import USABLE_SHARE, Limits, plan_memory
 from mock_engine.profile_measure.overhead import Comparison, fit_overhead
 from mock_engine.profile_measure.profile_document import NO_OVERHEAD, compare, jitter_of, make_tables, measured_document
 from mock_engine.profile_measure.report import load_text, report_markdown
@@ -343,7 +343,7 @@ def test_a_model_that_is_not_measured_is_one_line(capsys, tmp_path, changes, mes
 def test_weights_working_space_and_kv_cache_fit_into_the_usable_share(llama, free, limits):
     plan = plan_memory(llama, limits, free, "GPU memory")
     kv_bytes = plan.kv_tokens * llama.shape.kv_bytes_per_token
-    assert plan.weights_bytes == llama.shape.num_params * WEIGHT_BYTES
+    assert plan.weights_bytes == llama.shape.num_params * WEIGHT_BYTES["bf16"]
     assert plan.weights_bytes + plan.workspace_bytes + kv_bytes <= free * USABLE_SHARE
     assert plan.kv_tokens >= max(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs)
 

@@ -256,17 +256,14 @@ async def twice(bench: Bench, draw: Draw) -> None:
 def twice_of(transcript: Transcript, within_s: float, times: int, *, at_once: bool) -> None:
     how = "at the same time" if at_once else "one after the other"
     error = transcript.error
+    code = _twice_code(transcript, at_once=at_once)
     expect(
         error is None or not transcript.is_cancelled,
         f"abort was called {times} times for one request, {how}, and raised {type(error).__name__}: {error}",
         transcript,
-        code=_twice_code(transcript, at_once=at_once),
+        code=code,
     )
-    try:
-        cancelled_of(transcript, within_s)
-    except Violation as broken:
-        broken.code = _twice_code(transcript, at_once=at_once)
-        raise
+    cancelled_of(transcript, within_s, code)
 
 
 def _twice_code(transcript: Transcript, *, at_once: bool, then: str = "") -> str:

@@ -39,8 +39,8 @@ _IS_CANCELLED = "chunks[-1].get('finish_reason') in ('cancelled', 'abort')"
 # What a cancelled stream looks like.
 
 
-def ended_in_time_of(transcript: Transcript, within_s: float) -> None:
-    """After the stop the stream ended, and soon."""
+def ended_in_time_of(transcript: Transcript, within_s: float, code: str = "") -> None:
+    """After the stop the stream ended, and soon. `code` shows it, where the conversation alone does not."""
     kind = next(event.kind for event in transcript.events if event.kind in _STOPS)
     shows = _IS_CANCELLED
     expect(
@@ -48,6 +48,7 @@ def ended_in_time_of(transcript: Transcript, within_s: float) -> None:
         f"stopped after {_chunks_before(transcript)} chunks, the stream never ended",
         transcript,
         shows=shows,
+        code=code,
     )
     seconds = transcript.seconds_from(kind)
     expect(
@@ -56,11 +57,12 @@ def ended_in_time_of(transcript: Transcript, within_s: float) -> None:
         f"a cancelled request ends within {within_s:g} s",
         transcript,
         shows=shows,
+        code=code,
     )
 
 
-def cancelled_of(transcript: Transcript, within_s: float) -> None:
-    """It ended in time, as cancelled, and with at most one more chunk of tokens."""
+def cancelled_of(transcript: Transcript, within_s: float, code: str = "") -> None:
+    """It ended in time, as cancelled, and with at most one more chunk of tokens. `code`: see `ended_in_time_of`."""
     num_before = _chunks_before(transcript)
     extra = [
         chunk
@@ -74,8 +76,9 @@ def cancelled_of(transcript: Transcript, within_s: float) -> None:
         "stream ends",
         transcript,
         shows=f"len([c for c in chunks[{num_before}:] if c['token_ids'] and not c.get('finish_reason')]) <= {allowed}",
+        code=code,
     )
-    ended_in_time_of(transcript, within_s)
+    ended_in_time_of(transcript, within_s, code)
     if isinstance(transcript.error, release.exceptions("Cancelled")):
         return
     expect(
@@ -84,6 +87,7 @@ def cancelled_of(transcript: Transcript, within_s: float) -> None:
         "it ends with a chunk whose finish_reason is 'cancelled'",
         transcript,
         shows=_IS_CANCELLED,
+        code=code,
     )
     expect(
         transcript.is_cancelled,
@@ -91,6 +95,7 @@ def cancelled_of(transcript: Transcript, within_s: float) -> None:
         "it is 'cancelled' (or 'abort')",
         transcript,
         shows=_IS_CANCELLED,
+        code=code,
     )
 
 

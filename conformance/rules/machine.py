@@ -114,13 +114,14 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
                 )
                 if transcript.of_kind("drop"):
                     continue
+                others = [other for other in bench.transcripts if other is not transcript]
                 was_stopped = bool(transcript.of_kind("stop", "abort"))
                 error = transcript.error
                 expect(
                     error is None,
                     f"a valid request beside others raised {type(error).__name__}: {error}",
                     transcript,
-                    *(other for other in bench.transcripts if other is not transcript),
+                    *others,
                     shows="'raised' not in chunks[-1]",
                 )
                 num_chunks = len(transcript.chunks)
@@ -128,14 +129,14 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
                     transcript.terminals == [num_chunks - 1],
                     f"beside others, finish_reason is on chunks {transcript.terminals} of {num_chunks}",
                     transcript,
-                    *(other for other in bench.transcripts if other is not transcript),
+                    *others,
                     shows="[i for i, chunk in enumerate(chunks) if chunk.get('finish_reason')] == [len(chunks) - 1]",
                 )
                 expect(
                     was_stopped or not transcript.is_cancelled,
                     "a request that nobody stopped ended as cancelled",
                     transcript,
-                    *(other for other in bench.transcripts if other is not transcript),
+                    *others,
                     shows="chunks[-1].get('finish_reason') not in ('cancelled', 'abort')",
                 )
                 budget = transcript.request["stop_conditions"]["max_tokens"]
@@ -150,7 +151,7 @@ def concurrent_requests(bench: Bench) -> type[RuleBasedStateMachine]:
                     f"beside others, finish_reason is 'length' after {len(transcript.token_ids)} tokens of "
                     f"max_tokens={budget}",
                     transcript,
-                    *(other for other in bench.transcripts if other is not transcript),
+                    *others,
                     shows=f"sum(len(chunk['token_ids']) for chunk in chunks) == {budget}",
                 )
             probe = probe_of(bench.engine)

@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mock_engine.errors import ConfigError
 from mock_engine.json_file import write_json
 from mock_engine.model_config import ModelConfig
-from mock_engine.profile import Profile, as_name
+from mock_engine.profile import WEIGHT_BYTES, Profile, as_name
 from mock_engine.profile_measure.gpus import Device, check_torch, find_device, with_clock_now
 from mock_engine.profile_measure.grid import NUM_LEVELS
 from mock_engine.profile_measure.measured_models import read_measured
 from mock_engine.profile_measure.measuring import Measurement, Plan, Timer, measure
-from mock_engine.profile_measure.memory import WEIGHT_BYTES, plan_memory
+from mock_engine.profile_measure.memory import plan_memory
 from mock_engine.profile_measure.overhead import fit_overhead
 from mock_engine.profile_measure.profile_document import NO_OVERHEAD, compare, jitter_of, make_tables, measured_document
 from mock_engine.profile_measure.report import report_markdown, results_json, summary_lines
@@ -47,7 +47,7 @@ def measure_command(
     device = find_device(settings)
     limits = device.limits(config, settings)
     memory = plan_memory(config, limits, device.free_bytes, device.memory_kind)
-    roofline = Roofline(config.shape, device.datasheet, 1, WEIGHT_BYTES)
+    roofline = Roofline(config.shape, device.datasheet, 1, WEIGHT_BYTES[settings.dtype])
     plan = Plan(limits, memory.kv_tokens, roofline, settings.repeats, settings.max_minutes * 60)
     _make_folder(settings.out)
     console.print(

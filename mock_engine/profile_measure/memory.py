@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from mock_engine.errors import ConfigError
 from mock_engine.model_config import ModelConfig
+from mock_engine.profile import WEIGHT_BYTES
 
-WEIGHT_BYTES = 2  # bf16 and fp16
+_ELEMENT_BYTES = WEIGHT_BYTES["bf16"]  # fp16 has as many, and no other dtype is measured
 USABLE_SHARE = 0.9  # of what is free; the rest is the allocator's and the graphs'
-_LOGIT_BYTES = WEIGHT_BYTES + 4  # and as float32, to choose a token
+_LOGIT_BYTES = _ELEMENT_BYTES + 4  # and as float32, to choose a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,10 @@ def plan_memory(config: ModelConfig, limits: Limits, free_bytes: int, what: str)
 
     Raises `ConfigError` if there is no room for a single sequence of `max_model_len` tokens, or for a step's tokens.
     """
-    weights_bytes = config.shape.num_params * WEIGHT_BYTES
+    weights_bytes = config.shape.num_params * _ELEMENT_BYTES
     per_token = 6 * config.shape.hidden_size + 3 * (config.query_size + 2 * config.kv_size)
     per_token += 4 * config.intermediate_size
-    workspace_bytes = limits.max_num_batched_tokens * per_token * WEIGHT_BYTES
+    workspace_bytes = limits.max_num_batched_tokens * per_token * _ELEMENT_BYTES
     workspace_bytes += limits.max_num_seqs * config.shape.vocab_size * _LOGIT_BYTES
     usable_bytes = int(free_bytes * USABLE_SHARE)
     token_bytes = config.shape.kv_bytes_per_token
