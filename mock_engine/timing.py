@@ -132,15 +132,20 @@ class _KernelTables:
 
     def step_s(self, load: StepLoad) -> float:
         chunks, batch_size = load.prefill_chunks, load.decode_batch_size
-        seconds = self._without_attention_s(load.num_tokens, len(chunks) + batch_size)
-        if batch_size:
-            seconds += self._decode_attention.at(batch_size)(load.context_tokens / batch_size)
-        if chunks:
-            # One kernel launch serves all chunks: the shortest possible launch counts once, not for each.
-            seconds -= self._prefill_attention_floor_s * (len(chunks) - 1)
-            for new_tokens, past_tokens in chunks:
-                seconds += self._prefill_attention(new_tokens, past_tokens)
-        return seconds
+        # One kernel launch serves the whole batch: the shortest possible one counts once, not for each chunk.
+        floor_s = self._prefill_attention_floor_s
+        chunks_s = 0.0
+        for new_tokens, past_tokens in chunks:
+            chunks_s += self._prefill_attention(new_tokens, past_tokens) - floor_s
+        if not batch_size:
+            return self._without_attention_s(load.num_tokens, len(chunks)) + floor_s + chunks_s
+        decode_s = self._decode_attention.at(batch_size)(load.context_tokens / batch_size)
+        seconds = self._without_attention_s(load.num_tokens, len(chunks) + batch_size) + decode_s + chunks_s
+        if not chunks:
+            return seconds
+        # Launching decode attention can take less than launching that of prompts.
+        alone_s = self._without_attention_s(load.num_tokens - batch_size, len(chunks)) + floor_s + chunks_s
+        return max(seconds, alone_s)
 
     def decode_s(self, batch_size: int, context_tokens: FloatArray) -> FloatArray:
         """Passes that only decode; `context_tokens` is of each sequence."""

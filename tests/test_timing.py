@@ -142,6 +142,26 @@ def test_several_prompts_in_one_pass_share_its_launches(name, prompts, tokens, r
     assert kernels_s * 1e3 == pytest.approx(recorded_ms, rel=0.04)
 
 
+# Steps of real vLLM on H100: (profile, sequences in the batch, ms if all decode, ms if one of them computes the last 1
+# to 16 tokens of a prompt that is otherwise in the prefix cache). Medians of 26 to 169 steps each; inference-sim/
+# inference-sim, branch stepml-experiments 9293b222, Apache-2.0.
+JOINED = [
+    ("h100-sxm/llama-2-70b/vllm-tp4-bf16", 40, 18.544, 18.724),
+    ("h100-sxm/llama-2-70b/vllm-tp4-bf16", 54, 19.100, 19.150),
+    ("h100-sxm/codellama-34b/vllm-tp2-bf16", 28, 14.613, 14.822),
+]
+
+
+@pytest.mark.parametrize(("name", "batch_size", "decoding_ms", "joined_ms"), JOINED)
+def test_a_cached_prompt_that_joins_decoding_sequences_costs_hardly_more_than_one_of_them(
+    name, batch_size, decoding_ms, joined_ms
+):
+    timing = model_of(name)
+    all_decode_s = timing.step_s(decode(batch_size, 700))
+    one_joins_s = timing.step_s(StepLoad((PrefillChunk(1, 570),), batch_size - 1, (batch_size - 1) * 700))
+    assert one_joins_s / all_decode_s == pytest.approx(joined_ms / decoding_ms, abs=0.02)
+
+
 def test_beyond_the_grids_time_grows_in_proportion():
     curve = MonotoneCurve(np.array([1.0, 10.0]), np.array([2.0, 5.0]))
     assert [curve(0.5), curve(1), curve(5.5), curve(10), curve(30)] == [2.0, 2.0, 3.5, 5.0, 15.0]
