@@ -16,6 +16,7 @@ from mock_engine.simulate_flags import add_workload_flags
 from mock_engine.simulation import SimulationSettings, simulate
 from mock_engine.workload import Workload
 
+# Ingress is left out of the model: Dynamo's frontend is there and takes its own time, some of which is in this.
 # Mean time from the moment an answer's last token is due to the arrival of its client's next request: sending,
 # AIPerf's bookkeeping, HTTP, tokenizing. On two cores 6 ms at least, and up to 40 where many come back at once.
 TURNAROUND_S = 0.015
@@ -35,7 +36,7 @@ def predict(settings: FleetSettings, load: Load) -> Prediction:
         return Prediction({}, "a prediction is for --speedup-ratio 1")
     try:
         workload = _workload(load)
-        deployment = DeploymentSettings((WorkerGroup(settings.engine, settings.num_workers),))
+        deployment = DeploymentSettings((WorkerGroup(settings.engine, settings.num_workers),), has_ingress=False)
         results = simulate(SimulationSettings(deployment, workload, client_turnaround_s=TURNAROUND_S))
     except (ConfigError, argparse.ArgumentError) as error:
         return Prediction({}, f"no prediction: {error}")

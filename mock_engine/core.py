@@ -8,6 +8,10 @@ The engine without a clock.
     core.end_step(step, now_s)       what came of it
     core.cancel(sequence)            at any moment, also between the two
 
+An engine that schedules asynchronously decides who is in a step when the one before it begins, so that
+the GPU need not wait for the decision: a request that arrives while it is busy misses the next step.
+Drives keep what arrived later than `admission_limit_s`, and hand it over another time.
+
 A drive owns time and waiting; the core owns everything else. There are two:
 `drive_realtime` (asyncio) and `drive_virtual` (simpy). The second has no use for single
 steps while the same sequences just go on:
@@ -66,16 +70,22 @@ class Token(NamedTuple):
 class Core:
     """Scheduler and timing in one: the whole engine, driven from outside."""
 
-    def __init__(self, scheduler: Scheduler, times: StepTimes) -> None:
+    def __init__(self, scheduler: Scheduler, times: StepTimes, is_async: bool = False) -> None:
         self.scheduler = scheduler
         self._times = times
-        self._now_s = float("-inf")
+        self._is_async = is_async
+        self._now_s = self._decided_s = float("-inf")  # the last step ended, and began
         self._current: Step | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether `begin_step` would find something to run."""
         return bool(self.scheduler.num_running or self.scheduler.waiting)
+
+    @property
+    def admission_limit_s(self) -> float:
+        """Whoever arrived later than that is not in the next step, however much room there is."""
+        return self._decided_s if self._is_async and self.has_work else float("inf")
 
     def prepare(self, request: Request) -> SequenceState:
         """A sequence for `request`, not queued yet. Raises `RequestError` if it can never be served."""
@@ -108,7 +118,7 @@ class Core:
         assert step is self._current, "only the step under way can end"
         assert now_s >= self._now_s, "time never runs back"
         self._current = None
-        self._now_s = now_s
+        self._decided_s, self._now_s = self._now_s, now_s
         return self.scheduler.complete(step.schedule)
 
     def end_step_with_tokens(self, step: Step, now_s: float) -> list[Token]:
@@ -139,5 +149,5 @@ class Core:
     def end_run(self, run: Run, num_steps: int) -> Progress:
         """The first `num_steps` of `run` are over."""
         self._times.skip(num_steps)
-        self._now_s = float(run.edges_s[num_steps])
+        self._decided_s, self._now_s = run.edges_s[num_steps - 1 : num_steps + 1].tolist()
         return self.scheduler.advance(num_steps)

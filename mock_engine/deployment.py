@@ -57,6 +57,7 @@ class DeploymentSettings:
     startup_time: float = 0.0  # s until a worker serves, for those that `starts_s` does not name
     starts_s: dict[int, float] = field(default_factory=dict)  # worker -> when it serves
     losses_s: dict[int, float] = field(default_factory=dict)  # worker -> when it is lost
+    has_ingress: bool = True  # whether requests spend the profile's `overhead_request_s` before they are queued
     migration_limit: int = 0  # how often a request of a lost worker is sent to another
 
     def __post_init__(self) -> None:
@@ -305,7 +306,12 @@ class Deployment:
 
     def submit(self, job: Job) -> None:
         """A client sends `job` now."""
-        self._route(job)
+        profile = self._entry.ranks[0].engine.profile
+        ingress_s = profile.overhead_request_s + profile.overhead_per_prompt_token_s * job.isl_tokens
+        if ingress_s and self.settings.has_ingress:
+            self._clock.call_at(self._clock.now + ingress_s, lambda _: self._route(job))
+        else:
+            self._route(job)
 
     def cancel(self, job: Job) -> None:
         """Its client has gone. A no-op once it has ended."""

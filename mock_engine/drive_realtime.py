@@ -139,6 +139,11 @@ class RealTimeDrive:
             self.cancel(stream)
         self._clock.close()
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not in the batch."""
+        return len(self.core.scheduler.waiting) + sum(len(stream.sequences) for stream in tuple(self._arrivals))
+
     def now_s(self) -> float:
         """The model's time."""
         if self._speedup_ratio == 0:
@@ -247,7 +252,8 @@ class RealTimeDrive:
         """Hand over what has arrived by the model's time; an idle engine moves on to the next arrival."""
         if self._arrivals and not self.core.has_work:
             self._model_now_s = max(self._model_now_s, self._arrivals[0].arrival_s)
-        while self._arrivals and self._arrivals[0].arrival_s <= self._model_now_s:
+        limit_s = min(self._model_now_s, self.core.admission_limit_s)
+        while self._arrivals and self._arrivals[0].arrival_s <= limit_s:
             for sequence in self._arrivals.popleft().sequences:
                 self.core.enqueue(sequence)
 

@@ -17,6 +17,7 @@ whatever arrives at the moment when a step begins is in time for it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from heapq import heappush
 from typing import Any, NamedTuple, Protocol
@@ -141,7 +142,13 @@ class VirtualDrive:
         self._waiting_s = 0.0  # of all that waited since the step or run began, together...
         self._waiting_until_s = 0.0  # ...up to here
         self._next: simpy.Event | None = None  # the end of the step or run, or the begin of one; None when idle
+        self._arrived: deque[Flight] = deque()  # too late for the next step
         self._expecting_second: list[Flight] = []  # their first token came out at the last step's end
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not in the batch."""
+        return len(self.core.scheduler.waiting) + len(self._arrived)
 
     def submit(self, request: Request, owner: Any = None) -> Flight:
         """Queue a request that arrives now. Raises `RequestError` if it can never be served."""
@@ -149,8 +156,8 @@ class VirtualDrive:
         if self._run is not None and self.core.scheduler.has_room:
             self._cut_run()
         self._count_waiting(self._clock.now)
-        self.core.enqueue(sequence)
         flight = Flight(sequence, self._clock.now, owner)
+        self._arrived.append(flight)
         self.flights[sequence] = flight
         if self._observer is not None:
             self._observer.arrived(flight)
@@ -165,6 +172,8 @@ class VirtualDrive:
         if self._run is not None:
             self._cut_run()
         self._count_waiting(self._clock.now)
+        if flight in self._arrived:
+            self._arrived.remove(flight)
         self.core.cancel(flight.sequence)
         if self._observer is not None:
             self._observer.left(flight, self._clock.now)
@@ -190,12 +199,18 @@ class VirtualDrive:
     def _begin(self, _: simpy.Event | None = None) -> None:
         now_s = self._start_s = self._clock.now
         self._count_waiting(now_s)
-        if not self._is_single_stepping:
+        self._hand_over_arrived()
+        if not self._is_single_stepping and not self._arrived:
             self._run = self.core.plan_run(now_s)
             if self._run is not None:
                 self._next = self._clock.call_at(float(self._run.edges_s[-1]), self._end_run, STEP_ENDS)
                 return
         self._begin_step(now_s)
+
+    def _hand_over_arrived(self) -> None:
+        limit_s = self.core.admission_limit_s
+        while self._arrived and self._arrived[0].arrival_s <= limit_s:
+            self.core.enqueue(self._arrived.popleft().sequence)
 
     def _begin_step(self, start_s: float) -> None:
         num_preemptions = self.core.scheduler.num_preemptions
@@ -248,7 +263,7 @@ class VirtualDrive:
     def _count_waiting(self, now_s: float) -> None:
         """Whoever joins or leaves the queue says so first."""
         if now_s > self._waiting_until_s:
-            self._waiting_s += len(self.core.scheduler.waiting) * (now_s - self._waiting_until_s)
+            self._waiting_s += self.num_waiting * (now_s - self._waiting_until_s)
             self._waiting_until_s = now_s
 
     def _mean_waiting(self, end_s: float) -> float:
@@ -282,7 +297,7 @@ class VirtualDrive:
                 observer.prefilling(self.flights[sequence], self._start_s, num_new)
             return
         scheduler, used_blocks = self.core.scheduler, self._used_blocks
-        idle = Stretch(np.array([self._start_s]), 0, 0, 0, len(scheduler.waiting), used_blocks, used_blocks)
+        idle = Stretch(np.array([self._start_s]), 0, 0, 0, self.num_waiting, used_blocks, used_blocks)
         observer.steps_done(idle, scheduler.blocks.num_blocks)
 
     def _show_end(self, observer: Observer, prefills: list[ScheduledPrefill]) -> None:

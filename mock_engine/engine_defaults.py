@@ -1,11 +1,12 @@
 """
 What engines do when no flag is given, and KV capacities that they reported.
 
-    engine_defaults("vllm", "h100-sxm", memory_bytes).max_num_batched_tokens
+    engine_defaults("vllm", "0.24.0", "h100-sxm", memory_bytes).max_num_batched_tokens
 """
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 # KV blocks of 16 tokens that vLLM reported at a gpu_memory_utilization of 0.9, the first with 8,192 batched tokens:
@@ -24,22 +25,33 @@ class EngineDefaults(NamedTuple):
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    async_scheduling: bool
 
 
-def engine_defaults(engine: str, gpu: str, memory_bytes: float) -> EngineDefaults:
+def engine_defaults(engine: str, engine_version: str, gpu: str, memory_bytes: float) -> EngineDefaults:
     """
     Defaults of an engine on a GPU; those of vLLM for an engine that is not known.
 
     vLLM 0.24, EngineArgs.get_batch_defaults, API server: cards of 70 GiB or more, but not the A100, get larger
     batches. TensorRT-LLM 1.3, KvCacheConfig and BuildConfig. SGLang 0.5, ServerArgs: chunks grow with memory, and
     2,048 is the least that it allows to run at once; a block is 16 tokens, as Dynamo's examples set it, not SGLang's 1.
+
+    Scheduling is asynchronous in vLLM from 0.14 on, in TensorRT-LLM's PyTorch backend (overlap scheduler) and in
+    SGLang (overlap schedule).
     """
     if engine == "trtllm":
-        return EngineDefaults(32, 2048, 8192)
+        return EngineDefaults(32, 2048, 8192, True)
     if engine == "splitwise":
-        return EngineDefaults(16, 256, 4096)
+        return EngineDefaults(16, 256, 4096, False)
     if engine == "sglang":
         gib = memory_bytes / 2**30
-        return EngineDefaults(16, 2048, 2048 if gib < 35 else 4096 if gib < 60 else 8192 if gib < 160 else 16_384)
+        return EngineDefaults(16, 2048, 2048 if gib < 35 else 4096 if gib < 60 else 8192 if gib < 160 else 16_384, True)
+    is_async = _is_at_least(engine_version, 0, 14)
     is_large = memory_bytes >= 70 * 2**30 and "a100" not in gpu
-    return EngineDefaults(16, 1024, 8192) if is_large else EngineDefaults(16, 256, 2048)
+    return EngineDefaults(16, 1024, 8192, is_async) if is_large else EngineDefaults(16, 256, 2048, is_async)
+
+
+def _is_at_least(version: str, *wanted: int) -> bool:
+    """Whether a version such as 0.10.1.1 or 1.3.0rc20 is that one or later; one without numbers is not."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version))
+    return numbers >= wanted

@@ -38,6 +38,7 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    async_scheduling: bool | None = None
     speedup_ratio: float = 1.0
     seed: int = 0
     jitter: float | None = None
@@ -128,10 +129,11 @@ def build_engines(
     )
     jitter_cv = profile.jitter_cv if settings.jitter is None else settings.jitter
     engines = []
+    is_async = profile.async_scheduling if settings.async_scheduling is None else settings.async_scheduling
     for seed in seeds:
         scheduler = Scheduler(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
         times = StepTimes(timing, StepJitter(jitter_cv, seed), on_unmeasured)
-        engines.append(Engine(Core(scheduler, times), profile, config, block_size, num_blocks))
+        engines.append(Engine(Core(scheduler, times, is_async), profile, config, block_size, num_blocks))
     return engines
 
 

@@ -43,6 +43,12 @@ def add_engine_flags(parser: argparse.ArgumentParser, is_live: bool = True) -> N
         group.add_argument(
             flag_of(f"enable_{name}"), action=argparse.BooleanOptionalAction, default=True, help=f"{text} (on)"
         )
+    group.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="decide who is in a step when the one before it begins (default: as the profile's engine does)",
+    )
     group.add_argument("--seed", type=int, default=defaults.seed, help="seed of tokens and jitter (%(default)s)")
     group.add_argument(
         "--jitter", type=float, help="coefficient of variation of step times; 0: none (default: as measured)"

@@ -302,7 +302,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 time_s=drive.now_s(),
                 num_open_requests=self._num_open(),
                 num_running=scheduler.num_running,
-                num_waiting=len(scheduler.waiting),
+                num_waiting=drive.num_waiting,
                 kv_used_blocks=scheduler.blocks.num_used,
                 kv_cached_blocks=scheduler.blocks.num_cached,
                 kv_total_blocks=scheduler.blocks.num_blocks,
@@ -334,7 +334,7 @@ class _Probe:
             "requests": len(engine._open),
             "streams": len(engine._drive.streams),
             "running": scheduler.num_running,
-            "waiting": len(scheduler.waiting),
+            "waiting": engine._drive.num_waiting,
             "kv_blocks": scheduler.blocks.num_used,
         }
 

@@ -82,9 +82,12 @@ class Profile:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    async_scheduling: bool  # whether who is in a step is decided when the one before it begins
 
     overhead_step_s: float  # engine time added to each pass; 0 where whole passes were measured
     overhead_per_seq_s: float  # and for each sequence in it
+    overhead_request_s: float  # before a request is queued: HTTP, handing over between processes
+    overhead_per_prompt_token_s: float  # and for each token of its prompt: tokenization
     overhead_source: str
     jitter_cv: float  # standard deviation / mean of one and the same pass, repeated
     jitter_source: str
@@ -200,9 +203,13 @@ _KEYS: dict[str, dict[str, _Check]] = {
         "is_measured": _FLAG,
     },
     "source": dict.fromkeys(("how_measured", "source", "source_version", "licence", "build_command"), _TEXT),
-    "engine_defaults": dict.fromkeys(("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"), _COUNT),
+    "engine_defaults": {
+        **dict.fromkeys(("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"), _COUNT),
+        "async_scheduling?": _FLAG,
+    },
     "timing": {
         **dict.fromkeys(("overhead_step_s", "overhead_per_seq_s", "jitter_cv"), _NOT_NEGATIVE),
+        **dict.fromkeys(("overhead_request_s?", "overhead_per_prompt_token_s?"), _NOT_NEGATIVE),
         **dict.fromkeys(("overhead_source", "jitter_source"), _TEXT),
     },
     "kv_cache": {"measured_kv_blocks?": _COUNT, "measured_gpu_memory_utilization?": _SHARE},
@@ -242,8 +249,8 @@ def _read_profile(folder: Path) -> tuple[Profile | None, list[str]]:
     return Profile(
         **top,
         **document["source"],
-        **document["engine_defaults"],
-        **document["timing"],
+        **{"async_scheduling": False, **document["engine_defaults"]},
+        **{"overhead_request_s": 0.0, "overhead_per_prompt_token_s": 0.0, **document["timing"]},
         **kv_cache,
         shape=ModelShape(**document["model_shape"]),
         datasheet=GpuDatasheet(**document["gpu_datasheet"]),

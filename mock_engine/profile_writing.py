@@ -63,7 +63,7 @@ def make_document(
     profile.toml as nested dictionaries. `kv_blocks` is what the engine itself reported at its default
     utilization; without it, what `engine_defaults` knows.
     """
-    defaults = engine_defaults(target.engine, target.gpu, target.datasheet.memory_bytes)
+    defaults = engine_defaults(target.engine, target.engine_version, target.gpu, target.datasheet.memory_bytes)
     document: Document = {
         "gpu": target.gpu,
         "model": target.model.name,
@@ -79,6 +79,7 @@ def make_document(
             "max_model_len": target.model.max_model_len,
             "max_num_seqs": defaults.max_num_seqs,
             "max_num_batched_tokens": defaults.max_num_batched_tokens,
+            "async_scheduling": defaults.async_scheduling,
         },
         "timing": timing,
     }

@@ -132,24 +132,32 @@ def test_parts_add_up_to_the_whole_pass_of_the_source(system, model, tp):
 @third_party_warnings
 def test_the_overhead_in_use_is_the_one_that_fits():
     result = fit(read_experiments(DATA / "vllm_h100_step_cycles.csv.gz"))
-    assert result.step_s == pytest.approx(H100_VLLM.step_s, abs=20e-6)
+    assert result.per_layer_s == pytest.approx(H100_VLLM.per_layer_s, abs=0.25e-6)
     assert result.per_seq_s == pytest.approx(H100_VLLM.per_seq_s, abs=1e-6)
-    assert result.error_after < 0.037 < result.error_before
+    assert result.mean_after < 0.035 < 0.05 < result.mean_before
+    assert np.median(np.abs(np.concatenate(list(result.held_out.values())))) < 0.027
+    assert abs(result.per_finished_s) < 2 * result.per_finished_sd_s, "nothing that the model leaves out"
     assert result.jitter_cv == pytest.approx(H100_VLLM.jitter_cv, abs=0.001)
 
 
 def test_the_fit_finds_what_was_put_in():
     rng = np.random.default_rng(3)
     runs = []
-    for kernels_s in (8e-3, 15e-3):
-        batch_sizes = rng.integers(1, 20, 3000).astype(float)
-        clean_s = kernels_s + 400e-6 + 8e-6 * batch_sizes
+    for num_layers, kernels_s in ((32, 8e-3), (80, 15e-3)):
+        num_seqs = rng.integers(1, 20, 3000).astype(float)
+        num_finished = rng.integers(0, 2, 3000).astype(float)
+        clean_s = kernels_s + num_layers * 10e-6 + 8e-6 * num_seqs + 50e-6 * num_finished
         measured_s = clean_s * rng.normal(1, 0.02, 3000)
-        runs.append(Experiment("run", batch_sizes, measured_s, np.full(3000, kernels_s)))
+        name, kernels = f"{num_layers} layers", np.full(3000, kernels_s)
+        runs.append(Experiment(name, num_layers, num_seqs, num_seqs, num_finished, measured_s, kernels))
     result = fit(runs)
-    assert result.step_s == pytest.approx(400e-6, abs=60e-6)
+    assert result.per_layer_s == pytest.approx(10e-6 + 25e-6 / 56, abs=1.5e-6)  # what ends is spread over all
     assert result.per_seq_s == pytest.approx(8e-6, abs=4e-6)
-    assert result.jitter_cv == pytest.approx(0.02, rel=0.05)
+    assert result.per_finished_s == pytest.approx(50e-6, abs=3 * result.per_finished_sd_s)
+    assert result.per_finished_sd_s < 20e-6
+    assert result.jitter_cv == pytest.approx(0.025, abs=0.005)
+    assert result.mean_after < result.mean_before
+    assert all(np.median(np.abs(errors)) < 0.02 for errors in result.held_out.values())
 
 
 def test_kernel_tables_say_which_package_is_missing(monkeypatch, tmp_path):

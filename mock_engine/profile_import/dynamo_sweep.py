@@ -104,7 +104,7 @@ def import_dynamo_sweep(
     }
     version = engine_version or sweep.engine_version or "not stated"
     target = Target(gpu, known, engine, version, tp, dtype, datasheet)
-    block_size = engine_defaults(engine, gpu, datasheet.memory_bytes).block_size
+    block_size = engine_defaults(engine, version, gpu, datasheet.memory_bytes).block_size
     command = f"mock-engine profiles import dynamo {source.name} --system {system} --model {model} --tp {tp}"
     document = make_document(
         target,

@@ -3,11 +3,14 @@ Fits what vLLM adds to its kernels, on real steps of vLLM on H100.
 
     python -m mock_engine.profile_import.fit_overhead STEP_CYCLES.csv.gz
 
-The file: one row a step, with columns experiment_id, model, tp, batch_prefill_tokens,
-batch_decode_tokens and cyc (ms from this step's start to the next one's). It was
-made from inference-sim/inference-sim, branch stepml-experiments, commit 9293b222
-(Apache-2.0). Only steps without prefill count: the prompts of these runs were
-nearly all in the prefix cache. Prints the figures that `overhead.H100_VLLM` holds.
+The file: one row a step, with columns experiment_id, model, tp, batch_num_prefill_reqs, batch_prefill_tokens,
+batch_num_decode_reqs, batch_num_finished and cyc (ms from this step's start to the next one's). It was made from
+inference-sim/inference-sim, branch stepml-experiments, commit 9293b222 (Apache-2.0). Prompts of these runs were
+nearly all in the prefix cache: a prefill is the last few tokens of a prompt.
+
+The overhead of a step grows with the layers of the model (each is a dozen kernels with gaps between them): so
+fitted on two runs, it fits the third better than one that is the same for all models. Prints the
+figures that `overhead.H100_VLLM` holds.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from __future__ import annotations
 import csv
 import gzip
 import sys
-import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,82 +28,145 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mock_engine.errors import ProfileError
-from mock_engine.profile_import.kernel_tables import import_kernel_tables
-from mock_engine.step import StepLoad
+from mock_engine.profile import Profile, load_profile
+from mock_engine.step import PrefillChunk, StepLoad
 from mock_engine.timing import TimingModel
 
 FloatArray = NDArray[np.float64]
 
 MIN_REPEATS = 8  # of one batch size in one experiment, to say how much a step varies
-MODELS = {"llama-2-70b": "llama-2-70b", "llama-2-70b-hf": "llama-2-70b", "codellama-34b": "codellama-34b"}
-# Mean tokens in the KV cache of a running sequence: the prompt and half of the output, by experiment.
+PROFILES = {
+    "llama-2-70b": "h100-sxm/llama-2-70b/vllm-tp4-bf16",
+    "llama-2-70b-hf": "h100-sxm/llama-2-70b/vllm-tp4-bf16",
+    "codellama-34b": "h100-sxm/codellama-34b/vllm-tp2-bf16",
+}
+# Mean tokens in the KV cache of a running sequence: the prompt and half of the output, by experiment. And of a prompt.
 MEAN_CONTEXT_TOKENS = {"general": 698, "codegen": 716}
+MEAN_PROMPT_TOKENS = {"general": 575, "codegen": 593}
 
 
 class Experiment(NamedTuple):
-    """Decode steps of one run; arrays of shape (n,), seconds."""
+    """Steps of one run; arrays of shape (n,), seconds."""
 
     name: str
-    batch_sizes: FloatArray
+    num_layers: int
+    num_seqs: FloatArray
+    num_decode_only: FloatArray  # the batch size, 0 where somebody was in prefill
+    num_finished: FloatArray
     measured_s: FloatArray
     kernels_s: FloatArray
 
+    def errors(self, per_layer_s: float, per_seq_s: float) -> FloatArray:
+        """predicted / measured - 1 of each step."""
+        overhead_s = per_layer_s * self.num_layers + per_seq_s * self.num_seqs
+        return np.asarray((self.kernels_s + overhead_s) / self.measured_s - 1)
+
 
 class Fit(NamedTuple):
-    """What comes out. Errors are mean |predicted / measured - 1|, each experiment counting the same."""
+    """What comes out. `mean_*` are mean |predicted / measured - 1|, each experiment counting the same."""
 
-    step_s: float
+    per_layer_s: float
     per_seq_s: float
-    error_before: float
-    error_after: float
+    mean_before: float
+    mean_after: float
+    held_out: dict[str, FloatArray]  # errors of each experiment's steps, with the overhead fitted on the others
+    per_finished_s: float  # what a step takes longer for each sequence that ends in it, and ...
+    per_finished_sd_s: float  # ... the standard error of that
     jitter_cv: float
 
 
 def read_experiments(path: Path) -> list[Experiment]:
-    """Decode steps by experiment, each with the time that its kernels take. Raises `ProfileError`."""
-    steps: dict[tuple[str, str, int], list[tuple[int, float]]] = defaultdict(list)
+    """Steps by experiment, each with the time that its kernels take. Raises `ProfileError`."""
+    rows: dict[tuple[str, str], list[tuple[int, int, int, int, float]]] = defaultdict(list)
     try:
         with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                if float(row["batch_prefill_tokens"]) == 0:
-                    key = (row["experiment_id"], row["model"], int(row["tp"]))
-                    steps[key].append((int(float(row["batch_decode_tokens"])), float(row["cyc"]) / 1e3))
+                counts = (
+                    "batch_num_prefill_reqs",
+                    "batch_prefill_tokens",
+                    "batch_num_decode_reqs",
+                    "batch_num_finished",
+                )
+                prefills, tokens, decoding, finished = (int(float(row[name])) for name in counts)
+                seconds = float(row["cyc"]) / 1e3
+                rows[row["experiment_id"], PROFILES[row["model"]]].append(
+                    (prefills, tokens, decoding, finished, seconds)
+                )
     except (OSError, KeyError, ValueError) as error:
         raise ProfileError(f"{path} is not a table of steps: {error!r}. See {__name__} for its columns.") from None
-    experiments = []
-    with tempfile.TemporaryDirectory() as folder:
-        for (name, model, tp), rows in steps.items():
-            profile = import_kernel_tables("h100_sxm", MODELS[model], tp, "bf16", "vllm", Path(folder))
-            timing = TimingModel(replace(profile, overhead_step_s=0.0, overhead_per_seq_s=0.0))
-            context_tokens = MEAN_CONTEXT_TOKENS[name.rsplit("-", 1)[1]]
-            kernels_s = [timing.step_s(StepLoad((), batch, batch * context_tokens)) for batch, _ in rows]
-            batch_sizes, measured_s = np.asarray(rows, dtype=np.float64).T
-            experiments.append(Experiment(name, batch_sizes, measured_s, np.asarray(kernels_s)))
-    return experiments
+    return [_experiment(name, load_profile(profile), steps) for (name, profile), steps in rows.items()]
 
 
-def fit(experiments: list[Experiment]) -> Fit:
+def _experiment(name: str, profile: Profile, steps: list[tuple[int, int, int, int, float]]) -> Experiment:
+    timing = TimingModel(replace(profile, overhead_step_s=0.0, overhead_per_seq_s=0.0))
+    workload = name.rsplit("-", 1)[1]
+    each, prompt = MEAN_CONTEXT_TOKENS[workload], MEAN_PROMPT_TOKENS[workload]
+    kernels_s = []
+    for prefills, tokens, decoding, _, _ in steps:
+        new_tokens = max(1, tokens // prefills) if prefills else 0
+        chunks = (PrefillChunk(new_tokens, max(0, prompt - new_tokens)),) * prefills
+        kernels_s.append(timing.step_s(StepLoad(chunks, decoding, decoding * each)))
+    num_prefills, _, num_decoding, num_finished, measured_s = np.asarray(steps, dtype=np.float64).T
+    return Experiment(
+        name,
+        profile.shape.num_layers,
+        num_prefills + num_decoding,
+        np.where(num_prefills == 0, num_decoding, 0),
+        num_finished,
+        measured_s,
+        np.asarray(kernels_s),
+    )
+
+
+def fit(experiments: Sequence[Experiment]) -> Fit:
     """The overhead, none of it negative, that leaves the smallest mean error; and the jitter."""
-
-    def error(step_s: float, per_seq_s: float) -> float:
-        return float(
-            np.mean(
-                [
-                    np.mean(np.abs((run.kernels_s + step_s + per_seq_s * run.batch_sizes) / run.measured_s - 1))
-                    for run in experiments
-                ]
-            )
-        )
-
-    grid = [(step_us * 1e-6, seq_us * 1e-6) for step_us in range(0, 1500, 20) for seq_us in range(21)]
-    step_s, per_seq_s = min(grid, key=lambda pair: error(*pair))
+    per_layer_s, per_seq_s = _best(experiments)
+    held_out = {}
+    if len(experiments) > 1:
+        for run in experiments:
+            held_out[run.name] = run.errors(*_best([other for other in experiments if other is not run]))
+    per_finished_s, per_finished_sd_s = _per_finished(experiments, per_layer_s, per_seq_s)
     variations = []
     for run in experiments:
-        for batch_size in np.unique(run.batch_sizes):
-            repeats_s = run.measured_s[run.batch_sizes == batch_size]
+        for batch_size in np.unique(run.num_decode_only[run.num_decode_only > 0]):
+            repeats_s = run.measured_s[run.num_decode_only == batch_size]
             if len(repeats_s) >= MIN_REPEATS:
                 variations.append(np.std(repeats_s, ddof=1) / np.mean(repeats_s))
-    return Fit(step_s, per_seq_s, error(0.0, 0.0), error(step_s, per_seq_s), float(np.mean(variations)))
+    return Fit(
+        per_layer_s,
+        per_seq_s,
+        _mean_error(experiments, 0.0, 0.0),
+        _mean_error(experiments, per_layer_s, per_seq_s),
+        held_out,
+        per_finished_s,
+        per_finished_sd_s,
+        float(np.mean(variations)),
+    )
+
+
+def _best(experiments: Sequence[Experiment]) -> tuple[float, float]:
+    grid = [(layer * 0.25e-6, seq * 1e-6) for layer in range(120) for seq in range(21)]
+    return min(grid, key=lambda pair: _mean_error(experiments, *pair))
+
+
+def _mean_error(experiments: Sequence[Experiment], per_layer_s: float, per_seq_s: float) -> float:
+    return float(np.mean([np.mean(np.abs(run.errors(per_layer_s, per_seq_s))) for run in experiments]))
+
+
+def _per_finished(experiments: Sequence[Experiment], per_layer_s: float, per_seq_s: float) -> tuple[float, float]:
+    """By least squares on what is left, each experiment with a level of its own; slow outliers left out."""
+    rest_s, finished = [], []
+    for run in experiments:
+        errors = run.errors(per_layer_s, per_seq_s)
+        usual = np.abs(errors) < 0.2
+        left_s = -errors[usual] * run.measured_s[usual]
+        rest_s.append(left_s - np.mean(left_s))
+        finished.append(run.num_finished[usual] - np.mean(run.num_finished[usual]))
+    y, x = np.concatenate(rest_s), np.concatenate(finished)
+    if not np.any(x):
+        return 0.0, float("inf")
+    slope = float(x @ y / (x @ x))
+    return slope, float(np.std(y - slope * x) / np.sqrt(x @ x))
 
 
 def main(arguments: list[str]) -> int:
@@ -113,13 +179,22 @@ def main(arguments: list[str]) -> int:
     except ProfileError as error:
         print(f"mock-engine: error: {error}", file=sys.stderr)
         return 2
-    for run in experiments:
-        print(
-            f"{run.name}: {len(run.measured_s)} decode steps, kernels {np.median(run.kernels_s / run.measured_s):.1%}"
-        )
     result = fit(experiments)
-    print(f"overhead {result.step_s * 1e6:.0f} us a step, {result.per_seq_s * 1e6:.0f} us a sequence")
-    print(f"mean error {result.error_before:.1%} without, {result.error_after:.1%} with")
+    for run in experiments:
+        left_out = result.held_out[run.name]
+        print(
+            f"{run.name}: {len(run.measured_s)} steps, kernels {np.median(run.kernels_s / run.measured_s):.1%}; "
+            f"with the overhead of the others: median error {np.median(np.abs(left_out)):.1%}, "
+            f"bias {np.median(left_out):+.1%}"
+        )
+    every = np.abs(np.concatenate(list(result.held_out.values())))
+    print(f"all of them: median error {np.median(every):.1%}, p95 {np.quantile(every, 0.95):.1%}")
+    print(f"overhead {result.per_layer_s * 1e6:.2f} us a layer, {result.per_seq_s * 1e6:.0f} us a sequence")
+    print(f"mean error {result.mean_before:.1%} without, {result.mean_after:.1%} with")
+    print(
+        f"each sequence that ends: {result.per_finished_s * 1e6:.0f} us, standard error "
+        f"{result.per_finished_sd_s * 1e6:.0f} us: left out of the model"
+    )
     print(f"jitter: coefficient of variation {result.jitter_cv:.1%} at the same batch size")
     return 0
 

@@ -326,23 +326,18 @@ def import_kernel_tables(
             f"--backend {engine} --backend-version {kernels.engine_version}"
         ),
     )
-    return write_profile(out_dir, make_document(target, origin, "kernels", overhead_timing(gpu, engine)), tables)
+    timing = overhead_timing(gpu, engine, known.shape.num_layers)
+    return write_profile(out_dir, make_document(target, origin, "kernels", timing), tables)
 
 
-def overhead_timing(gpu: str, engine: str) -> dict[str, float | str]:
+def overhead_timing(gpu: str, engine: str, num_layers: int) -> dict[str, float | str]:
     """The [timing] section: engine overhead and jitter as fitted on real runs of vLLM on H100."""
     assumed = ""
     if engine != "vllm":
         assumed = f" No such run is at hand for {engine}: vLLM's overhead on an H100 host is assumed."
     elif not gpu.startswith("h100"):
         assumed = f" No such run is at hand for {gpu}: the H100 host's overhead is assumed."
-    return {
-        "overhead_step_s": H100_VLLM.step_s,
-        "overhead_per_seq_s": H100_VLLM.per_seq_s,
-        "overhead_source": H100_VLLM.overhead_source + assumed,
-        "jitter_cv": H100_VLLM.jitter_cv,
-        "jitter_source": H100_VLLM.jitter_source,
-    }
+    return H100_VLLM.timing(num_layers, assumed)
 
 
 def kernel_latency(kernels: KernelTables) -> dict[str, LatencyTable]:

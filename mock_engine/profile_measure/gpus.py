@@ -47,7 +47,7 @@ class Device:
 
     def limits(self, config: ModelConfig, settings: MeasureSettings) -> Limits:
         """How far to measure: what was asked for, else the model's context and vLLM's defaults for such a GPU."""
-        defaults = engine_defaults("vllm", self.gpu, self.datasheet.memory_bytes if self.kind == "cuda" else 0)
+        defaults = engine_defaults("vllm", "", self.gpu, self.datasheet.memory_bytes if self.kind == "cuda" else 0)
         max_model_len = settings.max_model_len or config.max_model_len
         if max_model_len > config.max_model_len:
             raise ConfigError(

@@ -48,6 +48,7 @@ def small_engine(**changes) -> EngineSettings:
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
+        "async_scheduling": False,
         "jitter": 0.0,
     }
     return EngineSettings(**{**defaults, **changes})

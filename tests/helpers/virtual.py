@@ -123,7 +123,7 @@ def timed_requests(draw: st.DrawFn, max_requests: int = 14) -> list[TimedRequest
 def drive(workload, is_single_stepping, jitter, **options):
     """Run it; returns the tokens' times by request, what the listener heard, and the core."""
     plain = make_core(jitter=jitter, **options)
-    core = TokenCore(plain.scheduler, plain._times)
+    core = TokenCore(plain.scheduler, plain._times, plain._is_async)
     core.token_s = {}
     core.num_run_steps = 0
     clock, notes, observer = VirtualClock(), Notes(), WaitObserver()

@@ -90,11 +90,12 @@ def make_core(
     enable_chunked_prefill: bool = True,
     jitter: float = 0.0,
     timing: Callable[[StepLoad], float] = step_s,
+    is_async: bool = False,
 ) -> Core:
     """A small core; `num_blocks` must hold one sequence of MAX_MODEL_LEN."""
     config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, MAX_MODEL_LEN, enable_chunked_prefill)
     times = StepTimes(MadeUpTiming(timing), StepJitter(jitter, seed=1))
-    return Core(Scheduler(config, KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching)), times)
+    return Core(Scheduler(config, KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching)), times, is_async)
 
 
 def check_blocks(core: Core) -> None:
