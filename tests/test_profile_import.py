@@ -18,6 +18,7 @@ from mock_engine.cli import main
 from mock_engine.errors import ProfileError
 from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.latency_table import make_table
+from mock_engine.model_config import model_of_config
 from mock_engine.profile import PROFILES_DIR, Profile, check_profile, list_profiles, load_profile
 from mock_engine.profile_import import import_dynamo_sweep, import_kernel_tables, import_splitwise, import_step_rows
 from mock_engine.profile_import.catalogue import build, read_catalogue
@@ -211,6 +212,16 @@ def test_attention_over_a_kv_cache_is_what_was_measured_over_one_of_its_dtype(en
     points = rows[(rows[list(wanted)[:4]] == list(wanted.values())[:4]).all(axis=1)]
     points = points[points["kv_cache_dtype"] == wanted["kv_cache_dtype"]]
     assert kernels.decode_points() == sorted(set(zip(points["batch_size"], points["step"] + 1, strict=True)))
+
+
+@needs_kernel_tables
+@third_party_warnings
+def test_heads_that_were_measured_over_one_kv_cache_and_not_over_another_are_said_to_be_interpolated():
+    """TensorRT-LLM's decode attention of 96 heads and 4 KV heads was measured over a 16 bit KV cache alone."""
+    model = model_of_config(OWN_MODEL | {"num_attention_heads": 96, "num_key_value_heads": 4}, "wide", "wide")
+    wide, narrow = (KernelTables("h100_sxm", model, 1, "fp8", "trtllm", None, dtype) for dtype in ("bf16", "fp8"))
+    assert "generation attention" not in wide.interpolated()
+    assert "generation attention (nearest: " in narrow.interpolated()
 
 
 @needs_kernel_tables
