@@ -30,7 +30,7 @@ def add_import_flags(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand for each source, with its flags."""
     sources = parser.add_subparsers(metavar="SOURCE", required=True)
     kernels = sources.add_parser("kernels", help="NVIDIA's measured kernels; needs pip install 'mock-engine[profiles]'")
-    _add_target_flags(kernels, dtypes=("bf16", "fp8"))
+    _add_target_flags(kernels, dtypes=("bf16", "fp8", "fp8_block"))
     kernels.add_argument("--backend", default="vllm", help="vllm, trtllm or sglang (%(default)s)")
     kernels.add_argument(
         "--backend-version", metavar="VERSION", help="whose kernels (default: the newest complete ones)"

@@ -30,7 +30,9 @@ from mock_engine.errors import ProfileError
 from mock_engine.latency_table import LatencyTable, read_table
 from mock_engine.roofline import KV_CACHE_BYTES, GpuDatasheet, ModelShape, Roofline
 
-WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp8": 1}
+# Of one weight. "fp8" has one scale for each matrix, "fp8_block" one for each block of 128 x 128, as Qwen3's FP8
+# checkpoints do; scales add nothing to speak of.
+WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp8": 1, "fp8_block": 1}
 
 TABLE_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "kernels": {

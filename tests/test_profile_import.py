@@ -216,6 +216,28 @@ def test_attention_over_a_kv_cache_is_what_was_measured_over_one_of_its_dtype(en
 
 @needs_kernel_tables
 @third_party_warnings
+@pytest.mark.parametrize("system", ["h100_sxm", "l40s"], ids=["our data sheet", "the data sheet of the source"])
+def test_weights_scaled_by_blocks_have_matrix_products_of_their_own(system, tmp_path):
+    """As in Qwen3's FP8 checkpoints, which say nothing of the KV cache: 16 bit. The rest is that of fp8."""
+    profiles = {
+        dtype: import_kernel_tables(
+            system, "llama-3.1-8b", 1, dtype, "trtllm", tmp_path / dtype, kv_cache_dtype=kv_cache_dtype
+        )
+        for dtype, kv_cache_dtype in (("fp8", "bf16"), ("fp8_block", None))
+    }
+    whole, blocks = profiles["fp8"], profiles["fp8_block"]
+    assert blocks.name == f"{system.replace('_', '-')}/llama-3.1-8b/trtllm-tp1-fp8_block"
+    assert blocks.kv_cache_dtype == "bf16"
+    assert blocks.datasheet == whole.datasheet
+    assert blocks.total_kv_blocks() == whole.total_kv_blocks()
+    folders = [tmp_path / dtype / profile.name for dtype, profile in profiles.items()]
+    for table in ("head.csv", "prefill_attention.csv", "decode_attention.csv"):
+        assert (folders[0] / table).read_text() == (folders[1] / table).read_text()
+    assert (folders[0] / "linear.csv").read_text() != (folders[1] / "linear.csv").read_text()
+
+
+@needs_kernel_tables
+@third_party_warnings
 def test_heads_that_were_measured_over_one_kv_cache_and_not_over_another_are_said_to_be_interpolated():
     """TensorRT-LLM's decode attention of 96 heads and 4 KV heads was measured over a 16 bit KV cache alone."""
     model = model_of_config(OWN_MODEL | {"num_attention_heads": 96, "num_key_value_heads": 4}, "wide", "wide")
@@ -303,7 +325,7 @@ def test_our_data_sheets_say_what_those_of_the_kernel_tables_say(gpu, dtype):
     figures = importlib.import_module("yaml").safe_load(text)
     datasheet = DATASHEETS[gpu, dtype]
     assert datasheet.flops_per_s == pytest.approx(
-        figures["gpu"]["fp8_tc_flops" if dtype == "fp8" else "bfloat16_tc_flops"], rel=0.01
+        figures["gpu"]["fp8_tc_flops" if dtype.startswith("fp8") else "bfloat16_tc_flops"], rel=0.01
     )
     assert datasheet.memory_bytes_per_s == pytest.approx(figures["gpu"]["mem_bw"], rel=0.01)
     assert datasheet.memory_bytes == pytest.approx(REPORTED_MEMORY * figures["gpu"]["mem_capacity"], rel=0.01)

@@ -48,7 +48,7 @@ MAX_PROMPT_TOKENS = 131_072
 # Smaller contexts cost what these do; listing them would only make the files longer.
 MIN_CONTEXT_TOKENS = 16
 MAX_DECODE_BATCH_SIZE = 1024
-QUANT_MODES = {"bf16": "bfloat16", "fp8": "fp8"}
+QUANT_MODES = {"bf16": "bfloat16", "fp8": "fp8", "fp8_block": "fp8_block"}
 ENGINES = ("vllm", "trtllm", "sglang")
 # Of the memory on the box, CUDA reports this share (H100 SXM: 79.10 of 80 GiB).
 REPORTED_MEMORY = 0.9887
@@ -132,7 +132,7 @@ class KernelTables:
             return DATASHEETS[gpu, dtype]
         text = (self._systems_dir / f"{self._system}.yaml").read_text(encoding="utf-8")
         figures = importlib.import_module("yaml").safe_load(text)
-        flops = figures["gpu"][f"{self._quant_mode}_tc_flops"]
+        flops = figures["gpu"][f"{self._quant_mode.removesuffix('_block')}_tc_flops"]  # blocks: the same arithmetic
         return GpuDatasheet(
             float(flops),
             float(figures["gpu"]["mem_bw"]),
