@@ -410,7 +410,7 @@ class Deployment:
         if self.settings.kv_transfer_timing_mode == "destination_missing":
             num_tokens -= target.num_overlap_blocks(request) * self.block_size
         begin_s = self._clock.now
-        transfer_bytes = num_tokens * source.engine.profile.shape.kv_bytes_per_token
+        transfer_bytes = num_tokens * source.engine.profile.kv_bytes_per_token
         with source.sends.request() as send:
             yield send
             with target.receives.request() as receive:

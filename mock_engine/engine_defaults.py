@@ -2,6 +2,7 @@
 What engines do when no flag is given, and KV capacities that they reported.
 
     engine_defaults("vllm", "0.24.0", "h100-sxm", memory_bytes).max_num_batched_tokens
+    default_kv_cache_dtype("trtllm", "fp8")
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import NamedTuple
 # KV blocks of 16 tokens that vLLM reported at a gpu_memory_utilization of 0.9, the first with 8,192 batched tokens:
 # read off published runs (inference-sim/inference-sim, branch stepml-experiments 9293b222, Apache-2.0).
 REPORTED_KV_BLOCKS = {
-    ("h100-sxm", "llama-3.1-70b", "vllm", 4, "bf16"): 30_251,
-    ("h100-sxm", "llama-2-70b", "vllm", 4, "bf16"): 31_356,
-    ("h100-sxm", "codellama-34b", "vllm", 2, "bf16"): 26_602,
+    ("h100-sxm", "llama-3.1-70b", "vllm", 4, "bf16", "bf16"): 30_251,
+    ("h100-sxm", "llama-2-70b", "vllm", 4, "bf16", "bf16"): 31_356,
+    ("h100-sxm", "codellama-34b", "vllm", 2, "bf16", "bf16"): 26_602,
 }
 REPORTED_AT_UTILIZATION = 0.9
 
@@ -26,6 +27,18 @@ class EngineDefaults(NamedTuple):
     max_num_seqs: int
     max_num_batched_tokens: int
     async_scheduling: bool
+
+
+def default_kv_cache_dtype(engine: str, dtype: str) -> str:
+    """
+    What an engine's KV cache is made of if nobody says: "fp8" or "bf16".
+
+    TensorRT-LLM takes fp8 weights from checkpoints of NVIDIA's ModelOpt, and these ask for an fp8 KV cache too
+    (kv_cache_quant_algo), which it heeds. vLLM and SGLang also quantize as they load, and take checkpoints
+    that say nothing of the KV cache: their "auto" then is the model's own 16 bit. (Given one of ModelOpt's, newer
+    versions of them heed it as well: say fp8.)
+    """
+    return "fp8" if (engine, dtype) == ("trtllm", "fp8") else "bf16"
 
 
 def engine_defaults(engine: str, engine_version: str, gpu: str, memory_bytes: float) -> EngineDefaults:

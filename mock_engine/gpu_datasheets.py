@@ -24,9 +24,11 @@ DATASHEETS = {
     ("h100-sxm", "bf16"): _H100,
     ("h100-sxm", "fp16"): _H100,
     ("h100-sxm", "fp8"): replace(_H100, flops_per_s=1979e12),
+    ("h100-sxm", "fp8_block"): replace(_H100, flops_per_s=1979e12),
     ("h200-sxm", "bf16"): _H200,
     ("h200-sxm", "fp16"): _H200,
     ("h200-sxm", "fp8"): replace(_H200, flops_per_s=1979e12),
+    ("h200-sxm", "fp8_block"): replace(_H200, flops_per_s=1979e12),
     ("a100-sxm", "bf16"): _A100,
     ("a100-sxm", "fp16"): _A100,
 }

@@ -21,6 +21,7 @@ from rich.progress import track
 from mock_engine.errors import ProfileError
 from mock_engine.json_file import write_json
 from mock_engine.profile import PROFILES_DIR, WEIGHT_BYTES, Profile
+from mock_engine.roofline import KV_CACHE_BYTES
 
 _DYNAMO_HELP = "the profiler's folder, the mocker's .npz, or a folder or .csv of pre-swept results"
 
@@ -29,7 +30,7 @@ def add_import_flags(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand for each source, with its flags."""
     sources = parser.add_subparsers(metavar="SOURCE", required=True)
     kernels = sources.add_parser("kernels", help="NVIDIA's measured kernels; needs pip install 'mock-engine[profiles]'")
-    _add_target_flags(kernels, dtypes=("bf16", "fp8"))
+    _add_target_flags(kernels, dtypes=("bf16", "fp8", "fp8_block"))
     kernels.add_argument("--backend", default="vllm", help="vllm, trtllm or sglang (%(default)s)")
     kernels.add_argument(
         "--backend-version", metavar="VERSION", help="whose kernels (default: the newest complete ones)"
@@ -86,6 +87,11 @@ def _add_target_flags(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) 
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that share the model (%(default)s)")
     if dtypes:
         parser.add_argument("--dtype", choices=dtypes, default="bf16", help="of the weights (%(default)s)")
+        parser.add_argument(
+            "--kv-cache-dtype",
+            choices=tuple(KV_CACHE_BYTES),
+            help="of the KV cache, bf16 is any 16 bit type (default: fp8 for trtllm with --dtype fp8, else bf16)",
+        )
 
 
 def import_command(flags: argparse.Namespace, console: Console) -> int:
@@ -120,7 +126,14 @@ def _import_one(flags: argparse.Namespace) -> Profile:
     system = flags.system.replace("-", "_")
     if flags.source == "kernels":
         return profile_import.import_kernel_tables(
-            system, flags.model, flags.tp, flags.dtype, flags.backend, flags.out, engine_version=flags.backend_version
+            system,
+            flags.model,
+            flags.tp,
+            flags.dtype,
+            flags.backend,
+            flags.out,
+            engine_version=flags.backend_version,
+            kv_cache_dtype=flags.kv_cache_dtype,
         )
     measured = {
         "system": system,
@@ -140,7 +153,9 @@ def _import_one(flags: argparse.Namespace) -> Profile:
             origin=origin if flags.source_name else None,
         )
     import_passes = {"dynamo": profile_import.import_dynamo_sweep, "steps": profile_import.import_step_rows}
-    profile: Profile = import_passes[flags.source](flags.path, flags.out, **measured, dtype=flags.dtype, origin=origin)
+    profile: Profile = import_passes[flags.source](
+        flags.path, flags.out, **measured, dtype=flags.dtype, kv_cache_dtype=flags.kv_cache_dtype, origin=origin
+    )
     return profile
 
 

@@ -25,11 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mock_engine.engine_defaults import default_kv_cache_dtype
 from mock_engine.errors import ProfileError
 from mock_engine.latency_table import LatencyTable, read_table
-from mock_engine.roofline import GpuDatasheet, ModelShape, Roofline
+from mock_engine.roofline import KV_CACHE_BYTES, GpuDatasheet, ModelShape, Roofline
 
-WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp8": 1}
+# Of one weight. "fp8" has one scale for each matrix, "fp8_block" one for each block of 128 x 128, as Qwen3's FP8
+# checkpoints do; scales add nothing to speak of.
+WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp8": 1, "fp8_block": 1}
 
 TABLE_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "kernels": {
@@ -69,6 +72,7 @@ class Profile:
     engine_version: str
     tp: int
     dtype: str
+    kv_cache_dtype: str  # "bf16" (any 16 bit type) where profile.toml does not say
     tables: str  # "kernels" or "steps"
     is_measured: bool
 
@@ -102,13 +106,20 @@ class Profile:
 
     @property
     def name(self) -> str:
-        """`<gpu>/<model>/<engine>-tp<N>-<dtype>`."""
-        return f"{self.gpu}/{self.model}/{self.engine}-tp{self.tp}-{self.dtype}"
+        """`<gpu>/<model>/<engine>-tp<N>-<dtype>`, and `-kv-<dtype>` if the KV cache is not the engine's usual one."""
+        is_usual = self.kv_cache_dtype == default_kv_cache_dtype(self.engine, self.dtype)
+        kv_cache = "" if is_usual else f"-kv-{self.kv_cache_dtype}"
+        return f"{self.gpu}/{self.model}/{self.engine}-tp{self.tp}-{self.dtype}{kv_cache}"
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token over all layers and all GPUs."""
+        return self.shape.kv_bytes_per_token(self.kv_cache_dtype)
 
     @property
     def roofline(self) -> Roofline:
         """Data-sheet times for this model on these GPUs."""
-        return Roofline(self.shape, self.datasheet, self.tp, WEIGHT_BYTES[self.dtype])
+        return Roofline(self.shape, self.datasheet, self.tp, WEIGHT_BYTES[self.dtype], self.kv_cache_dtype)
 
     def total_kv_blocks(self, gpu_memory_utilization: float = 0.9) -> int:
         """
@@ -119,7 +130,7 @@ class Profile:
             return self.measured_kv_blocks
         weights_bytes = self.shape.num_params * WEIGHT_BYTES[self.dtype] / self.tp
         usable_bytes = gpu_memory_utilization * self.datasheet.memory_bytes
-        block_bytes = self.block_size * self.shape.kv_bytes_per_token_on_each(self.tp)
+        block_bytes = self.block_size * self.shape.kv_bytes_per_token_on_each(self.tp, self.kv_cache_dtype)
         num_blocks = math.floor((usable_bytes - weights_bytes - RESERVED_BYTES) / block_bytes)
         if num_blocks < 1:
             needed = (weights_bytes + RESERVED_BYTES + block_bytes) / self.datasheet.memory_bytes
@@ -199,6 +210,7 @@ _KEYS: dict[str, dict[str, _Check]] = {
         **dict.fromkeys(("gpu", "model", "engine", "engine_version"), _TEXT),
         "tp": _COUNT,
         "dtype": _one_of(list(WEIGHT_BYTES)),
+        "kv_cache_dtype?": _one_of(list(KV_CACHE_BYTES)),
         "tables": _one_of(list(TABLE_COLUMNS)),
         "is_measured": _FLAG,
     },
@@ -244,7 +256,8 @@ def _read_profile(folder: Path) -> tuple[Profile | None, list[str]]:
             problems.append(str(error))
     if problems:
         return None, problems
-    top = {key: document[key] for key in _KEYS[""]}
+    document.setdefault("kv_cache_dtype", "bf16")
+    top = {key.rstrip("?"): document[key.rstrip("?")] for key in _KEYS[""]}
     kv_cache = {key.rstrip("?"): document["kv_cache"].get(key.rstrip("?")) for key in _KEYS["kv_cache"]}
     return Profile(
         **top,

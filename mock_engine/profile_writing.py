@@ -14,7 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mock_engine.engine_defaults import REPORTED_AT_UTILIZATION, REPORTED_KV_BLOCKS, engine_defaults
+from mock_engine.engine_defaults import (
+    REPORTED_AT_UTILIZATION,
+    REPORTED_KV_BLOCKS,
+    default_kv_cache_dtype,
+    engine_defaults,
+)
 from mock_engine.latency_table import LatencyTable, write_table
 from mock_engine.model_config import ModelConfig
 from mock_engine.profile import Profile, load_profile
@@ -33,11 +38,19 @@ class Target(NamedTuple):
     tp: int
     dtype: str
     datasheet: GpuDatasheet
+    kv_cache_dtype: str = "bf16"
 
     @property
-    def key(self) -> tuple[str, str, str, int, str]:
+    def key(self) -> tuple[str, str, str, int, str, str]:
         """By which facts about a deployment are looked up."""
-        return self.gpu, self.model.name, self.engine, self.tp, self.dtype
+        return self.gpu, self.model.name, self.engine, self.tp, self.dtype, self.kv_cache_dtype
+
+    @property
+    def kv_cache_flag(self) -> str:
+        """What a build command needs to say of the KV cache: nothing, if it is the engine's usual one."""
+        if self.kv_cache_dtype == default_kv_cache_dtype(self.engine, self.dtype):
+            return ""
+        return f" --kv-cache-dtype {self.kv_cache_dtype}"
 
 
 class Origin(NamedTuple):
@@ -71,6 +84,7 @@ def make_document(
         "engine_version": target.engine_version,
         "tp": target.tp,
         "dtype": target.dtype,
+        **({"kv_cache_dtype": target.kv_cache_dtype} if target.kv_cache_dtype != "bf16" else {}),
         "tables": tables,
         "is_measured": is_measured,
         "source": origin._asdict(),

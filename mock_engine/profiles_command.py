@@ -108,6 +108,7 @@ def summarize(profile: Profile) -> dict[str, Any]:
             key: getattr(profile, key)
             for key in ("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
         },
+        "kv_cache_dtype": profile.kv_cache_dtype,
         "kv_blocks": num_blocks,
         "kv_tokens": num_blocks * profile.block_size,
         "kv_capacity": (

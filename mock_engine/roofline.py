@@ -1,7 +1,7 @@
 """
 How long a pass takes if the GPU reaches its data sheet: arithmetic or memory, whichever is slower.
 
-    roofline = Roofline(model_shape, gpu_datasheet, tp, weight_bytes)
+    roofline = Roofline(model_shape, gpu_datasheet, tp, weight_bytes, kv_cache_dtype)
     roofline.linear_s(tokens)        one part of a pass
     roofline.prefill_s(new_tokens)   a whole pass
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-KV_AND_ACTIVATION_BYTES = 2  # bf16 or fp16, also where the weights are fp8
+ACTIVATION_BYTES = 2  # bf16 or fp16, also where the weights are fp8
+KV_CACHE_BYTES = {"bf16": 2, "fp8": 1}  # of one number in the KV cache; "bf16" is any 16 bit type
 SMOOTHNESS = 4.0  # how sharply arithmetic-bound turns into memory-bound
 
 
@@ -39,14 +40,13 @@ class ModelShape:
     num_experts_per_tok: int = 1  # of which each token takes this many
     num_expert_params: int = 0  # in all experts of all layers; part of `num_params`
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token over all layers and all GPUs."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * KV_AND_ACTIVATION_BYTES
+    def kv_bytes_per_token(self, kv_cache_dtype: str) -> int:
+        """Keys and values of one token over all layers and all GPUs; the dtype is one of `KV_CACHE_BYTES`."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * KV_CACHE_BYTES[kv_cache_dtype]
 
-    def kv_bytes_per_token_on_each(self, tp: int) -> float:
+    def kv_bytes_per_token_on_each(self, tp: int, kv_cache_dtype: str) -> float:
         """What each of `tp` GPUs holds of that: its share of the heads, and no less than one head."""
-        return self.kv_bytes_per_token / min(tp, self.num_kv_heads)
+        return self.kv_bytes_per_token(kv_cache_dtype) / min(tp, self.num_kv_heads)
 
     @property
     def num_layer_params(self) -> int:
@@ -78,6 +78,7 @@ class Roofline:
     gpu: GpuDatasheet
     tp: int
     weight_bytes: int  # bytes of one weight
+    kv_cache_dtype: str  # one of `KV_CACHE_BYTES`
 
     def linear_s(self, tokens: FloatArray) -> FloatArray:
         """
@@ -101,19 +102,19 @@ class Roofline:
 
     def communication_s(self, tokens: FloatArray) -> FloatArray:
         """Two all-reduces a layer."""
-        message_bytes = tokens * self.shape.hidden_size * KV_AND_ACTIVATION_BYTES
+        message_bytes = tokens * self.shape.hidden_size * ACTIVATION_BYTES
         sent_bytes = 2 * self.shape.num_layers * message_bytes * 2 * (self.tp - 1) / self.tp
         return np.asarray(sent_bytes / self.gpu.nvlink_bytes_per_s)
 
     def prefill_attention_s(self, new_tokens: FloatArray, past_tokens: FloatArray) -> FloatArray:
         """Causal attention of one sequence: new tokens over the past and over each other."""
-        kv_bytes = (new_tokens + past_tokens) * self.shape.kv_bytes_per_token_on_each(self.tp)
+        kv_bytes = (new_tokens + past_tokens) * self.shape.kv_bytes_per_token_on_each(self.tp, self.kv_cache_dtype)
         compute_s = self._attention_flops(new_tokens, past_tokens) / self.gpu.flops_per_s
         return smooth_max(compute_s, kv_bytes / self.gpu.memory_bytes_per_s)
 
     def decode_attention_s(self, batch_size: FloatArray, context_tokens: FloatArray) -> FloatArray:
         """Attention of one token each over `context_tokens` each."""
-        kv_bytes = batch_size * context_tokens * self.shape.kv_bytes_per_token_on_each(self.tp)
+        kv_bytes = batch_size * context_tokens * self.shape.kv_bytes_per_token_on_each(self.tp, self.kv_cache_dtype)
         return np.asarray(kv_bytes / self.gpu.memory_bytes_per_s)
 
     def prefill_s(self, new_tokens: FloatArray) -> FloatArray:

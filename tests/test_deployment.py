@@ -70,6 +70,14 @@ def test_disaggregated_a_request_alone_also_takes_the_transfer_of_its_prompt(len
     assert [each.role for each in watched.deployment.sent] == ["prefill", "decode"]
 
 
+def test_an_fp8_kv_cache_is_sent_in_half_the_bytes():
+    profile = "h100-sxm/llama-3.3-70b/trtllm-tp4-fp8"
+    engine = small_engine(profile=profile)
+    [job] = send(disaggregated(prefill=engine, decode=engine, kv_transfer_bandwidth=0.01), [single(ISL, 1)]).jobs
+    transfer_s = ISL * 163_840 / 0.01e9  # 80 layers, 8 KV heads of 128, K and V, 1 byte
+    assert job.first_token_s == close_to(prefill_s(ISL, profile=profile) + transfer_s + decode_s(ISL, profile=profile))
+
+
 @pytest.mark.parametrize(
     ("num_prefill", "num_decode", "num_requests"),
     [(1, 1, 5), (1, 3, 3), (3, 1, 3)],

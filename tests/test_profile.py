@@ -85,7 +85,53 @@ def test_where_an_engine_reported_its_kv_blocks_that_number_counts(name, num_blo
 def test_each_gpu_holds_one_kv_head_at_least():
     """Four KV heads on eight GPUs: each head is there twice, and the capacity no larger than on four."""
     shape = replace(load_profile(H100_8B).shape, num_kv_heads=4)
-    assert shape.kv_bytes_per_token_on_each(8) == shape.kv_bytes_per_token_on_each(4) == shape.kv_bytes_per_token / 4
+    on_each = [shape.kv_bytes_per_token_on_each(tp, "bf16") for tp in (4, 8)]
+    assert on_each == [shape.kv_bytes_per_token("bf16") / 4] * 2
+
+
+def with_kv_cache(folder: Path, kv_cache_dtype: str) -> Path:
+    """The same profile, and of its KV cache it says this."""
+    spoil_toml("^tp = 1$", f'tp = 1\nkv_cache_dtype = "{kv_cache_dtype}"')(folder)
+    return folder
+
+
+def test_a_kv_cache_is_16_bit_where_the_profile_does_not_say(folder):
+    silent = load_profile(folder)
+    assert silent.kv_cache_dtype == "bf16"
+    said = load_profile(with_kv_cache(folder, "bf16"))
+    assert (said.name, said.kv_bytes_per_token, said.total_kv_blocks(0.7)) == (
+        silent.name,
+        silent.kv_bytes_per_token,
+        silent.total_kv_blocks(0.7),
+    )
+
+
+def test_of_the_shipped_profiles_those_of_fp8_under_tensorrt_llm_have_an_fp8_kv_cache_and_no_others():
+    """So NVIDIA's FP8 checkpoints say, and TensorRT-LLM heeds it. What was 16 bit says nothing new in its file."""
+    for name in list_profiles():
+        is_fp8 = name.endswith("-fp8") and "/trtllm-" in name
+        assert load_profile(name).kv_cache_dtype == ("fp8" if is_fp8 else "bf16")
+        text = (PROFILES_DIR / name / "profile.toml").read_text(encoding="utf-8")
+        assert ("kv_cache_dtype" in text) == is_fp8
+
+
+@pytest.mark.parametrize("utilization", [0.5, 0.9, 1.0])
+def test_what_is_left_of_the_memory_holds_twice_as_many_tokens_in_fp8(folder, utilization):
+    """utilization * memory - weights - 1.24 GB, in blocks of 16 tokens: 32 layers, 8 KV heads of 128, K and V."""
+    profile = load_profile(with_kv_cache(folder, "fp8"))
+    left_bytes = utilization * profile.datasheet.memory_bytes - 2 * profile.shape.num_params - 1.24e9
+    assert profile.kv_bytes_per_token == 2 * 32 * 8 * 128
+    assert profile.total_kv_blocks(utilization) == int(left_bytes / (16 * 65_536))
+    assert profile.total_kv_blocks(utilization) // 2 == load_profile(H100_8B).total_kv_blocks(utilization)
+    assert summarize(profile)["kv_cache_dtype"] == "fp8"
+
+
+def test_a_profile_says_in_its_name_if_its_kv_cache_is_not_the_usual_one(folder):
+    """So that both can lie side by side."""
+    assert load_profile(with_kv_cache(folder, "fp8")).name == f"{H100_8B}-kv-fp8"
+    usual = load_profile("h100-sxm/llama-3.3-70b/trtllm-tp4-fp8")
+    assert replace(usual, kv_cache_dtype="bf16").name == f"{usual.name}-kv-bf16"
+    assert replace(usual, kv_cache_dtype="bf16", engine="vllm").name == "h100-sxm/llama-3.3-70b/vllm-tp4-fp8"
 
 
 @pytest.mark.parametrize("path", sorted(path for path in PROFILES_DIR.rglob("*") if path.is_file()))
@@ -179,6 +225,11 @@ CORRUPT = [
     pytest.param(spoil_toml("^tp = 1$", ""), "tp is missing; allowed is a whole number of at least 1", id="no tp"),
     pytest.param(spoil_toml("^tp = 1$", "tp = true"), "tp = True; allowed is a whole number", id="tp is a flag"),
     pytest.param(spoil_toml('^dtype = "bf16"$', 'dtype = "int3"'), "dtype = 'int3'; allowed is 'bf16'", id="dtype"),
+    pytest.param(
+        spoil_toml("^tp = 1$", 'tp = 1\nkv_cache_dtype = "int4"'),
+        "kv_cache_dtype = 'int4'; allowed is 'bf16' or 'fp8'",
+        id="KV cache dtype",
+    ),
     pytest.param(spoil_toml('^licence = ".*"$', 'licence = " "'), "[source]: licence = ' '; allowed is", id="licence"),
     pytest.param(spoil_toml("^jitter_cv = .*$", "jitter_cv = nan"), "jitter_cv = nan; allowed is", id="jitter nan"),
     pytest.param(spoil_toml("^jitter_cv", "jitter_vc"), "jitter_cv is missing", id="misspelt key, missing"),

@@ -18,6 +18,7 @@ from mock_engine.cli import main
 from mock_engine.errors import ProfileError
 from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.latency_table import make_table
+from mock_engine.model_config import model_of_config
 from mock_engine.profile import PROFILES_DIR, Profile, check_profile, list_profiles, load_profile
 from mock_engine.profile_import import import_dynamo_sweep, import_kernel_tables, import_splitwise, import_step_rows
 from mock_engine.profile_import.catalogue import build, read_catalogue
@@ -26,6 +27,7 @@ from mock_engine.profile_import.kernel_tables import REPORTED_MEMORY, KernelTabl
 from mock_engine.profile_import.known_models import MODELS
 from mock_engine.profile_import.outliers import without_outliers
 from mock_engine.profile_import.overhead import H100_VLLM
+from mock_engine.profile_writing import Origin, Target, make_document
 from mock_engine.step import PrefillChunk, StepLoad
 from mock_engine.timing import TimingModel
 
@@ -192,6 +194,112 @@ def test_kernel_tables_say_what_they_do_not_have(arguments, message, tmp_path):
 
 @needs_kernel_tables
 @third_party_warnings
+@pytest.mark.parametrize(
+    ("engine", "kv_cache_dtype", "prefill_mode"),
+    [
+        ("trtllm", "bf16", "bfloat16"),
+        ("trtllm", "fp8", "fp8"),
+        ("vllm", "bf16", "bfloat16"),
+        ("vllm", "fp8", "bfloat16"),
+        ("sglang", "bf16", "bfloat16"),
+        ("sglang", "fp8", "fp8"),
+    ],
+)
+def test_attention_over_a_kv_cache_is_what_was_measured_over_one_of_its_dtype(engine, kv_cache_dtype, prefill_mode):
+    """80 layers, each as the source's own table has it: 64 sequences of 4,096 tokens, 16 heads and 2 KV heads."""
+    model = MODELS["llama-3.3-70b"]
+    kernels = KernelTables("h100_sxm", model, 4, "fp8", engine, None, kv_cache_dtype)
+    assert kernels.prefill_attention_mode == prefill_mode
+    (package,) = importlib.util.find_spec("aiconfigurator_core").submodule_search_locations
+    folder = Path(package) / "systems/data/h100_sxm/attention" / engine / kernels.engine_version
+    rows = importlib.import_module("pandas").read_parquet(folder / "generation_attention_perf.parquet")
+    wanted = {"num_heads": 16, "num_key_value_heads": 2, "head_dim": 128, "window_size": 0}
+    wanted |= {"batch_size": 64, "step": 4095, "kv_cache_dtype": {"bf16": "bfloat16", "fp8": "fp8"}[kv_cache_dtype]}
+    (latency_ms,) = rows[(rows[list(wanted)] == list(wanted.values())).all(axis=1)]["latency"]
+    assert kernels.decode_parts(64, 4096)["attention"] == pytest.approx(80 * latency_ms, rel=0.005)
+    points = rows[(rows[list(wanted)[:4]] == list(wanted.values())[:4]).all(axis=1)]
+    points = points[points["kv_cache_dtype"] == wanted["kv_cache_dtype"]]
+    assert kernels.decode_points() == sorted(set(zip(points["batch_size"], points["step"] + 1, strict=True)))
+
+
+@needs_kernel_tables
+@third_party_warnings
+@pytest.mark.parametrize("system", ["h100_sxm", "l40s"], ids=["our data sheet", "the data sheet of the source"])
+def test_weights_scaled_by_blocks_have_matrix_products_of_their_own(system, tmp_path):
+    """As in Qwen3's FP8 checkpoints, which say nothing of the KV cache: 16 bit. The rest is that of fp8."""
+    profiles = {
+        dtype: import_kernel_tables(
+            system, "llama-3.1-8b", 1, dtype, "trtllm", tmp_path / dtype, kv_cache_dtype=kv_cache_dtype
+        )
+        for dtype, kv_cache_dtype in (("fp8", "bf16"), ("fp8_block", None))
+    }
+    whole, blocks = profiles["fp8"], profiles["fp8_block"]
+    assert blocks.name == f"{system.replace('_', '-')}/llama-3.1-8b/trtllm-tp1-fp8_block"
+    assert blocks.kv_cache_dtype == "bf16"
+    assert blocks.datasheet == whole.datasheet
+    assert blocks.total_kv_blocks() == whole.total_kv_blocks()
+    folders = [tmp_path / dtype / profile.name for dtype, profile in profiles.items()]
+    for table in ("head.csv", "prefill_attention.csv", "decode_attention.csv"):
+        assert (folders[0] / table).read_text() == (folders[1] / table).read_text()
+    assert (folders[0] / "linear.csv").read_text() != (folders[1] / "linear.csv").read_text()
+
+
+@needs_kernel_tables
+@third_party_warnings
+def test_heads_that_were_measured_over_one_kv_cache_and_not_over_another_are_said_to_be_interpolated():
+    """TensorRT-LLM's decode attention of 96 heads and 4 KV heads was measured over a 16 bit KV cache alone."""
+    model = model_of_config(OWN_MODEL | {"num_attention_heads": 96, "num_key_value_heads": 4}, "wide", "wide")
+    wide, narrow = (KernelTables("h100_sxm", model, 1, "fp8", "trtllm", None, dtype) for dtype in ("bf16", "fp8"))
+    assert "generation attention" not in wide.interpolated()
+    assert "generation attention (nearest: " in narrow.interpolated()
+
+
+@needs_kernel_tables
+@third_party_warnings
+def test_the_dtype_of_the_kv_cache_can_be_chosen(tmp_path):
+    """Another than the usual one is in the name, the file and the command; the usual one needs no flag."""
+    argv = ["profiles", "import", "kernels", "--system", "h100_sxm", "--model", "llama-3.3-70b", "--tp", "8"]
+    argv += ["--dtype", "fp8", "--backend", "trtllm", "--kv-cache-dtype"]
+    assert main([*argv, "bf16", "--out", str(tmp_path)]) == main([*argv, "fp8", "--out", str(tmp_path)]) == 0
+    usual, wide = (load_profile(tmp_path / f"h100-sxm/llama-3.3-70b/trtllm-tp8-fp8{end}") for end in ("", "-kv-bf16"))
+    assert (usual.kv_cache_dtype, wide.kv_cache_dtype) == ("fp8", "bf16")
+    assert "--kv-cache-dtype bf16" in wide.build_command
+    assert "--kv-cache-dtype" not in usual.build_command
+    assert "KV cache in fp8; prefill attention computes in fp8." in usual.how_measured
+    assert "KV cache" not in wide.how_measured
+    assert usual.kv_bytes_per_token * 2 == wide.kv_bytes_per_token
+    for load in (StepLoad((), 64, 64 * 4000), StepLoad((PrefillChunk(8192, 0),), 0, 0)):
+        assert TimingModel(usual).step_s(load) < 0.99 * TimingModel(wide).step_s(load)
+    for table in ("linear.csv", "head.csv", "communication.csv"):
+        assert (tmp_path / usual.name / table).read_text() == (tmp_path / wide.name / table).read_text()
+    assert_same_files(tmp_path / usual.name, PROFILES_DIR / usual.name)
+
+
+def test_a_kv_capacity_that_was_reported_holds_for_the_kv_cache_it_was_reported_of():
+    target = Target("h100-sxm", MODELS["llama-2-70b"], "vllm", "0.24.0", 4, "bf16", DATASHEETS["h100-sxm", "bf16"])
+    origin = Origin("", "", "", "", "")
+    assert make_document(target, origin, "kernels", {})["kv_cache"]["measured_kv_blocks"] == 31_356
+    assert "kv_cache" not in make_document(target._replace(kv_cache_dtype="fp8"), origin, "kernels", {})
+
+
+@needs_kernel_tables
+@third_party_warnings
+@pytest.mark.parametrize(
+    ("system", "kv_cache_dtype", "message"),
+    [
+        ("a100_sxm", "fp8", r"no attention over a KV cache in fp8 for vllm .* on a100_sxm; .* for bf16\. Use it"),
+        ("h100_sxm", "int4", "no kernel tables for a KV cache in 'int4'; there are tables for bf16, fp8"),
+    ],
+)
+def test_a_kv_cache_that_was_not_measured_is_one_clear_line(system, kv_cache_dtype, message, tmp_path):
+    with pytest.raises(ProfileError, match=message) as caught:
+        import_kernel_tables(system, "llama-3.1-8b", 1, "bf16", "vllm", tmp_path, kv_cache_dtype=kv_cache_dtype)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_kernel_tables
+@third_party_warnings
 def test_kernel_tables_say_which_versions_there_are(tmp_path):
     with pytest.raises(ProfileError, match=r"no tables for vllm 0\.1 on h100_sxm; it has tables for 0\.24\.0"):
         import_kernel_tables("h100_sxm", "llama-3.1-8b", 1, "bf16", "vllm", tmp_path, engine_version="0.1")
@@ -225,7 +333,7 @@ def test_our_data_sheets_say_what_those_of_the_kernel_tables_say(gpu, dtype):
     figures = importlib.import_module("yaml").safe_load(text)
     datasheet = DATASHEETS[gpu, dtype]
     assert datasheet.flops_per_s == pytest.approx(
-        figures["gpu"]["fp8_tc_flops" if dtype == "fp8" else "bfloat16_tc_flops"], rel=0.01
+        figures["gpu"]["fp8_tc_flops" if dtype.startswith("fp8") else "bfloat16_tc_flops"], rel=0.01
     )
     assert datasheet.memory_bytes_per_s == pytest.approx(figures["gpu"]["mem_bw"], rel=0.01)
     assert datasheet.memory_bytes == pytest.approx(REPORTED_MEMORY * figures["gpu"]["mem_capacity"], rel=0.01)
@@ -565,6 +673,28 @@ def test_the_command_writes_a_profile_that_the_engine_takes(capsys, tmp_path):
     assert main(["profiles", "check", str(folder)]) == 0
     assert main(["profiles", "show", str(folder)]) == 0
     assert "our lab not stated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "bits"),
+    [
+        (("--backend", "vllm"), "vllm-tp1-fp8", 16),
+        (("--backend", "vllm", "--kv-cache-dtype", "fp8"), "vllm-tp1-fp8-kv-fp8", 8),
+        (("--backend", "trtllm"), "trtllm-tp1-fp8", 8),
+        (("--backend", "trtllm", "--kv-cache-dtype", "bf16"), "trtllm-tp1-fp8-kv-bf16", 16),
+    ],
+)
+def test_whole_passes_are_of_an_engine_with_its_usual_kv_cache_or_the_one_that_is_said(flags, name, bits, tmp_path):
+    write_results(tmp_path, "json")
+    rows = [(0, b, b * 500, 8.0 + b / 8) for b in (1, 8, 64)] + [(tokens, 0, 0, tokens / 40) for tokens in (400, 4000)]
+    steps = write_steps(tmp_path / "steps.csv", rows)
+    for number, argv in enumerate((["dynamo", str(tmp_path)], ["steps", str(steps)])):
+        out = tmp_path / str(number)
+        assert main(["profiles", "import", *argv, *TARGET, "--dtype", "fp8", *flags, "--out", str(out)]) == 0
+        profile = load_profile(out / "h100-sxm/llama-3.1-8b" / name)
+        assert profile.kv_bytes_per_token == 2 * 32 * 8 * 128 * bits // 8
+        assert ("--kv-cache-dtype" in profile.build_command) == (len(flags) > 2)
+        assert argv[0] == "steps" or f"The KV cache is taken to be {bits} bit." in profile.how_measured
 
 
 def test_a_context_that_does_not_fit_becomes_the_default_that_does(tmp_path):

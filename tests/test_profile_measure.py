@@ -130,7 +130,7 @@ class FakeTimer:
 
 
 def make_plan(config, limits, kv_tokens, max_s=1e9):
-    return Plan(limits, kv_tokens, Roofline(config.shape, H200.datasheet, 1, 2), 3, max_s)
+    return Plan(limits, kv_tokens, Roofline(config.shape, H200.datasheet, 1, 2, "bf16"), 3, max_s)
 
 
 def measure_fake(config, limits, kv_tokens, max_s=1e9, **overhead):
@@ -343,7 +343,7 @@ def test_a_model_that_is_not_measured_is_one_line(capsys, tmp_path, changes, mes
 @given(free=st.integers(30 * 10**9, 200 * 10**9), limits=LIMITS)
 def test_weights_working_space_and_kv_cache_fit_into_the_usable_share(llama, free, limits):
     plan = plan_memory(llama, limits, free, "GPU memory")
-    kv_bytes = plan.kv_tokens * llama.shape.kv_bytes_per_token
+    kv_bytes = plan.kv_tokens * llama.shape.kv_bytes_per_token("bf16")
     assert plan.weights_bytes == llama.shape.num_params * WEIGHT_BYTES["bf16"]
     assert plan.weights_bytes + plan.workspace_bytes + kv_bytes <= free * USABLE_SHARE
     assert plan.kv_tokens >= max(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mock_engine.engine_defaults import engine_defaults
+from mock_engine.engine_defaults import default_kv_cache_dtype, engine_defaults
 from mock_engine.errors import ProfileError
 from mock_engine.gpu_datasheets import find_datasheet
 from mock_engine.latency_table import make_table
@@ -36,6 +36,7 @@ from mock_engine.profile_import.known_models import find_model
 from mock_engine.profile_import.overhead import H100_VLLM
 from mock_engine.profile_import.writing import NO_OVERHEAD, write_profile
 from mock_engine.profile_writing import Origin, Target, make_document
+from mock_engine.roofline import KV_CACHE_BYTES
 
 PUBLISHED_VERSION = "ai-dynamo 1.2.1"
 MAX_BATCH_SIZE = 256
@@ -76,12 +77,14 @@ def import_dynamo_sweep(
     dtype: str = "fp8",
     engine: str = "vllm",
     engine_version: str | None = None,
+    kv_cache_dtype: str | None = None,
     origin: tuple[str, str, str] = ("Dynamo's profiler", "not stated", "not stated"),
 ) -> Profile:
     """
     Write the profile and return it as loaded. Raises `ProfileError`.
 
-    `origin` is (source, its version, licence) of results that are not the published ones, which say it themselves.
+    `origin` is (source, its version, licence) of results that are not the published ones, which say it themselves;
+    without `kv_cache_dtype` the KV cache is what `default_kv_cache_dtype` says.
     """
     gpu = system.replace("_", "-")
     known = find_model(model)
@@ -103,15 +106,16 @@ def import_dynamo_sweep(
         for name, values in (("prefill", _median(sweep.prefill)), ("decode", _median(sweep.decode)))
     }
     version = engine_version or sweep.engine_version or "not stated"
-    target = Target(gpu, known, engine, version, tp, dtype, datasheet)
+    kv_cache_dtype = kv_cache_dtype or default_kv_cache_dtype(engine, dtype)
+    target = Target(gpu, known, engine, version, tp, dtype, datasheet, kv_cache_dtype)
     block_size = engine_defaults(engine, version, gpu, datasheet.memory_bytes).block_size
     command = f"mock-engine profiles import dynamo {source.name} --system {system} --model {model} --tp {tp}"
     document = make_document(
         target,
         Origin(
-            f"{sweep.how_measured} The KV cache is taken to be 16 bit.",
+            f"{sweep.how_measured} The KV cache is taken to be {8 * KV_CACHE_BYTES[kv_cache_dtype]} bit.",
             *origin,
-            f"{command} --dtype {dtype} --backend {engine}",
+            f"{command} --dtype {dtype} --backend {engine}{target.kv_cache_flag}",
         ),
         "steps",
         {

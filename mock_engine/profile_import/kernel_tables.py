@@ -10,6 +10,10 @@ its matrix and expert tables, prompt lengths, batch sizes and contexts from its 
 tables. Two parts are its own arithmetic: element-wise kernels (memory traffic),
 and prefill attention over past tokens (the causal area, at the measured rate of
 the whole length).
+
+Attention over an fp8 KV cache has rows of its own, `kv_cache_dtype="fp8"`. Prefill attention
+then computes in fp8 where that was measured (TensorRT-LLM and SGLang on H100), as
+these engines do, and in bf16 where it was not (vLLM).
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from mock_engine.engine_defaults import default_kv_cache_dtype
 from mock_engine.errors import ProfileError
 from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.latency_table import LatencyTable, make_table
@@ -36,14 +41,14 @@ from mock_engine.profile_import.outliers import without_outliers
 from mock_engine.profile_import.overhead import H100_VLLM
 from mock_engine.profile_import.writing import write_profile
 from mock_engine.profile_writing import Origin, Target, make_document
-from mock_engine.roofline import GpuDatasheet
+from mock_engine.roofline import KV_CACHE_BYTES, GpuDatasheet
 
 PAST_TOKENS = (0, 256, 1024, 4096, 16_384, 65_536, 114_688)
 MAX_PROMPT_TOKENS = 131_072
 # Smaller contexts cost what these do; listing them would only make the files longer.
 MIN_CONTEXT_TOKENS = 16
 MAX_DECODE_BATCH_SIZE = 1024
-QUANT_MODES = {"bf16": "bfloat16", "fp8": "fp8"}
+QUANT_MODES = {"bf16": "bfloat16", "fp8": "fp8", "fp8_block": "fp8_block"}
 ENGINES = ("vllm", "trtllm", "sglang")
 # Of the memory on the box, CUDA reports this share (H100 SXM: 79.10 of 80 GiB).
 REPORTED_MEMORY = 0.9887
@@ -58,7 +63,14 @@ class KernelTables:
     """Measured kernels of one model under one engine; times in milliseconds, as the wheel gives them."""
 
     def __init__(
-        self, system: str, model: ModelConfig, tp: int, dtype: str, engine: str, engine_version: str | None = None
+        self,
+        system: str,
+        model: ModelConfig,
+        tp: int,
+        dtype: str,
+        engine: str,
+        engine_version: str | None = None,
+        kv_cache_dtype: str = "bf16",
     ) -> None:
         sdk = _import("aiconfigurator_core.sdk")
         logging.getLogger("aiconfigurator_core").setLevel(logging.ERROR)
@@ -69,7 +81,12 @@ class KernelTables:
             raise ProfileError(
                 f"no kernel tables for dtype {dtype!r}; there are tables for {', '.join(QUANT_MODES)}. Use one of them."
             )
-        self._quant_mode = QUANT_MODES[dtype]
+        if kv_cache_dtype not in KV_CACHE_BYTES:
+            raise ProfileError(
+                f"no kernel tables for a KV cache in {kv_cache_dtype!r}; there are tables for "
+                f"{', '.join(KV_CACHE_BYTES)}. Use one of them."
+            )
+        self._quant_mode, self._kv_mode = QUANT_MODES[dtype], QUANT_MODES[kv_cache_dtype]
         self.engine_version = self._find_version(engine_version)
         self._check_model(model, tp)
         shape = model.shape
@@ -97,9 +114,9 @@ class KernelTables:
                     engine,
                     backend_version=self.engine_version,
                     tp_size=tp,
-                    gemm_quant_mode=self._quant_mode,
-                    kvcache_quant_mode="bfloat16",
-                    fmha_quant_mode="bfloat16",
+                    gemm_quant_mode=_matrix_mode(engine, self._quant_mode),
+                    kvcache_quant_mode=self._kv_mode,
+                    fmha_quant_mode=self.prefill_attention_mode,
                     **({"moe_tp_size": tp, "moe_quant_mode": self._quant_mode} if self._experts else {}),
                 )
                 self.prefill_parts(1)
@@ -115,13 +132,22 @@ class KernelTables:
             return DATASHEETS[gpu, dtype]
         text = (self._systems_dir / f"{self._system}.yaml").read_text(encoding="utf-8")
         figures = importlib.import_module("yaml").safe_load(text)
-        flops = figures["gpu"][f"{self._quant_mode}_tc_flops"]
+        flops = figures["gpu"][f"{self._quant_mode.removesuffix('_block')}_tc_flops"]  # blocks: the same arithmetic
         return GpuDatasheet(
             float(flops),
             float(figures["gpu"]["mem_bw"]),
             REPORTED_MEMORY * figures["gpu"]["mem_capacity"],
             float(figures["node"]["intra_node_bw"]),
         )
+
+    @property
+    def prefill_attention_mode(self) -> str:
+        """What prefill attention computes in: fp8 if that was measured with the model's heads, or nothing else was."""
+        heads, kv_heads, head_dim = self._attention_shape
+        kind = {"head_dim": head_dim, "kv_cache_dtype": self._kv_mode, "window_size": 0}
+        modes = set(self._rows("context_attention", kind)["attn_dtype"])
+        own = self._rows("context_attention", {**kind, "num_heads": heads, "num_key_value_heads": kv_heads})
+        return "fp8" if modes == {"fp8"} or "fp8" in set(own["attn_dtype"]) else "bfloat16"
 
     def prefill_parts(self, new_tokens: int, past_tokens: int = 0) -> Parts:
         """ms of each part of a prefill pass over one sequence."""
@@ -161,7 +187,7 @@ class KernelTables:
         missing = [
             f"{kernel.split('_')[0]} attention (nearest: {found[0]} and {found[1]})"
             for kernel in ("context_attention", "generation_attention")
-            if (found := self._measured_shape(kernel))[:2] != (heads, kv_heads)
+            if (found := self._measured_shape(kernel)) != (heads, kv_heads)
         ]
         if not missing:
             return ""
@@ -224,6 +250,12 @@ class KernelTables:
                     f"no attention with a head_dim of {head_dim} {where}; there are tables for {known}. Use a model "
                     "with one of them, or measure steps ('profiles import steps')."
                 )
+            kv_modes = set(self._rows(kernel, {"head_dim": head_dim, "window_size": 0})["kv_cache_dtype"])
+            if self._kv_mode not in kv_modes:
+                known = ", ".join(name for name in KV_CACHE_BYTES if QUANT_MODES[name] in kv_modes)
+                raise ProfileError(
+                    f"no attention over a KV cache in {self._kv_mode} {where}; there are tables for {known}. Use it."
+                )
         sizes = sorted({1} | {int(size) for size in self._rows("custom_allreduce", {})["num_gpus"]})
         if tp not in sizes:
             raise ProfileError(
@@ -235,17 +267,21 @@ class KernelTables:
 
     def _attention_rows(self, kernel: str, values: dict[str, Any]) -> Any:
         """The rows of the shape that is in the table and nearest to the model's."""
-        heads, kv_heads, head_dim = self._measured_shape(kernel)
-        shape = {"num_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-        return self._rows(kernel, {**shape, "kv_cache_dtype": "bfloat16", "window_size": 0, **values})
+        heads, kv_heads = self._measured_shape(kernel)
+        shape = {"num_heads": heads, "num_key_value_heads": kv_heads}
+        return self._rows(kernel, {**shape, **self._attention_kind(kernel), **values})
 
-    def _measured_shape(self, kernel: str) -> tuple[int, int, int]:
-        """(heads, KV heads, head_dim) in the table: the model's, or the one most like it."""
-        heads, kv_heads, head_dim = self._attention_shape
-        rows = self._rows(kernel, {"head_dim": head_dim, "kv_cache_dtype": "bfloat16", "window_size": 0})
+    def _measured_shape(self, kernel: str) -> tuple[int, int]:
+        """(heads, KV heads) in the table: the model's, or those most like them."""
+        heads, kv_heads, _ = self._attention_shape
+        rows = self._rows(kernel, self._attention_kind(kernel))
         found = sorted({(int(h), int(k)) for h, k in zip(rows["num_heads"], rows["num_key_value_heads"], strict=True)})
-        nearest = min(found, key=lambda pair: (abs(np.log(pair[1] / kv_heads)), abs(np.log(pair[0] / heads))))
-        return (*nearest, head_dim)
+        return min(found, key=lambda pair: (abs(np.log(pair[1] / kv_heads)), abs(np.log(pair[0] / heads))))
+
+    def _attention_kind(self, kernel: str) -> dict[str, Any]:
+        """What the rows of the model's kind of attention have, but for its heads."""
+        kind = {"head_dim": self._attention_shape[2], "kv_cache_dtype": self._kv_mode, "window_size": 0}
+        return kind | ({"attn_dtype": self.prefill_attention_mode} if kernel == "context_attention" else {})
 
     def _rows(self, kernel: str, values: dict[str, Any]) -> Any:
         """The rows of one kernel's table that have these values; a column the table lacks is ignored."""
@@ -287,17 +323,20 @@ def import_kernel_tables(
     out_dir: Path,
     *,
     engine_version: str | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> Profile:
     """
-    Write `<out_dir>/<gpu>/<model>/<engine>-tp<N>-<dtype>` and return it as loaded.
+    Write a profile below `out_dir`, in the folder that `Profile.name` says, and return it as loaded.
 
     `system` is the wheel's name of a GPU ("h100_sxm"), `model` a name in `known_models`, a config.json or its folder,
-    `engine_version` one that the wheel has tables of (the current one). Raises `ProfileError`.
+    `engine_version` one that the wheel has tables of (the current one), `kv_cache_dtype` "bf16" or "fp8" (as
+    `default_kv_cache_dtype` has it). Raises `ProfileError`.
     """
     gpu = system.replace("_", "-")
     system = system.replace("-", "_")
     known = find_model(model)
-    kernels = KernelTables(system, known, tp, dtype, engine, engine_version)
+    kv_cache_dtype = kv_cache_dtype or default_kv_cache_dtype(engine, dtype)
+    kernels = KernelTables(system, known, tp, dtype, engine, engine_version, kv_cache_dtype)
     tables = kernel_latency(kernels)
     if tp == 1:
         del tables["communication"]
@@ -305,8 +344,12 @@ def import_kernel_tables(
     for name, table in tables.items():
         tables[name], left_out = without_outliers(table)
         num_left_out += left_out
-    target = Target(gpu, known, engine, kernels.engine_version, tp, dtype, kernels.datasheet(gpu, dtype))
+    datasheet = kernels.datasheet(gpu, dtype)
+    target = Target(gpu, known, engine, kernels.engine_version, tp, dtype, datasheet, kv_cache_dtype)
     notes = kernels.interpolated()
+    if kv_cache_dtype != "bf16":
+        computes_in = kernels.prefill_attention_mode.replace("bfloat16", "bf16")
+        notes += f" KV cache in {kv_cache_dtype}; prefill attention computes in {computes_in}."
     if known.shape.num_expert_params:
         notes += " Experts: under a load as skewed as a power law of 1.2."
     if num_left_out:
@@ -323,11 +366,19 @@ def import_kernel_tables(
         licence="Apache-2.0",
         build_command=(
             f"mock-engine profiles import kernels --system {system} --model {model} --tp {tp} --dtype {dtype} "
-            f"--backend {engine} --backend-version {kernels.engine_version}"
+            f"--backend {engine} --backend-version {kernels.engine_version}{target.kv_cache_flag}"
         ),
     )
     timing = overhead_timing(gpu, engine, known.shape.num_layers)
     return write_profile(out_dir, make_document(target, origin, "kernels", timing), tables)
+
+
+def _matrix_mode(engine: str, quant_mode: str) -> str:
+    """
+    How activations of fp8 matrices are scaled: by figures that are in the checkpoint (static) in those that
+    TensorRT-LLM takes, by what each pass finds, with kernels of its own, where vLLM and SGLang quantize on loading.
+    """
+    return "fp8_static" if (engine, quant_mode) == ("trtllm", "fp8") else quant_mode
 
 
 def overhead_timing(gpu: str, engine: str, num_layers: int) -> dict[str, float | str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mock_engine.engine_defaults import default_kv_cache_dtype
 from mock_engine.errors import ProfileError
 from mock_engine.gpu_datasheets import find_datasheet
 from mock_engine.latency_table import make_table
@@ -43,10 +44,12 @@ def import_step_rows(
     dtype: str,
     engine: str,
     engine_version: str | None = None,
+    kv_cache_dtype: str | None = None,
     origin: tuple[str, str, str] | None = None,
 ) -> Profile:
     """
-    Write the profile and return it as loaded. Raises `ProfileError`. `origin` is (source, its version, licence).
+    Write the profile and return it as loaded. Raises `ProfileError`. `origin` is (source, its version, licence);
+    without `kv_cache_dtype` the KV cache is what `default_kv_cache_dtype` says.
     """
     gpu = system.replace("_", "-")
     known = find_model(model)
@@ -67,7 +70,8 @@ def import_step_rows(
         for name, repeats in (("prefill", prefill), ("decode", decode))
     }
     num_steps = sum(len(ms) for repeats in (prefill, decode) for ms in repeats.values())
-    target = Target(gpu, known, engine, engine_version or "not stated", tp, dtype, datasheet)
+    kv_cache_dtype = kv_cache_dtype or default_kv_cache_dtype(engine, dtype)
+    target = Target(gpu, known, engine, engine_version or "not stated", tp, dtype, datasheet, kv_cache_dtype)
     command = f"mock-engine profiles import steps {csv_path.name} --system {system} --model {model} --tp {tp}"
     document = make_document(
         target,
@@ -75,7 +79,7 @@ def import_step_rows(
             f"{num_steps:,} steps of a running engine that only prefill or only decode, medians where the load was the "
             f"same. Steps left out because they do both: {num_mixed:,}.",
             *(origin or (csv_path.name, "not stated", "not stated")),
-            f"{command} --dtype {dtype} --backend {engine}",
+            f"{command} --dtype {dtype} --backend {engine}{target.kv_cache_flag}",
         ),
         "steps",
         {**NO_OVERHEAD, **_jitter([*prefill.values(), *decode.values()])},

@@ -47,7 +47,7 @@ def measure_command(
     device = find_device(settings)
     limits = device.limits(config, settings)
     memory = plan_memory(config, limits, device.free_bytes, device.memory_kind)
-    roofline = Roofline(config.shape, device.datasheet, 1, WEIGHT_BYTES[settings.dtype])
+    roofline = Roofline(config.shape, device.datasheet, 1, WEIGHT_BYTES[settings.dtype], "bf16")
     plan = Plan(limits, memory.kv_tokens, roofline, settings.repeats, settings.max_minutes * 60)
     _make_folder(settings.out)
     console.print(

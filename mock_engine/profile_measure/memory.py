@@ -48,7 +48,7 @@ def plan_memory(config: ModelConfig, limits: Limits, free_bytes: int, what: str)
     workspace_bytes = limits.max_num_batched_tokens * per_token * _ELEMENT_BYTES
     workspace_bytes += limits.max_num_seqs * config.shape.vocab_size * _LOGIT_BYTES
     usable_bytes = int(free_bytes * USABLE_SHARE)
-    token_bytes = config.shape.kv_bytes_per_token
+    token_bytes = config.shape.kv_bytes_per_token("bf16")
     least_tokens = max(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs)
     needed_bytes = weights_bytes + workspace_bytes + least_tokens * token_bytes
     if needed_bytes > usable_bytes:

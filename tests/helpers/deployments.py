@@ -35,7 +35,7 @@ from mock_engine.workload import Workload
 H100, A100 = "h100-sxm/llama-3.1-8b/vllm-tp1-bf16", "a100-sxm/llama-3.1-8b/vllm-tp1-bf16"
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
-KV_BYTES_PER_TOKEN = load_profile(H100).shape.kv_bytes_per_token
+KV_BYTES_PER_TOKEN = load_profile(H100).kv_bytes_per_token
 GB = 1e9
 
 
