@@ -7,8 +7,7 @@ Measured step times as they lie in a profile: one CSV file, one row a measured p
 
 A table has one axis (`tokens`) or two (`batch_size`, `context_tokens_per_sequence`).
 Two axes need not make a full grid: memory ends the rows of large batches early,
-and a sweep over KV usage has its own contexts for each batch size. Holes are
-filled from what was measured around them.
+and a sweep over KV usage has its own contexts for each batch size.
 """
 
 from __future__ import annotations
@@ -30,28 +29,23 @@ TIME_COLUMN = "ms"
 MAX_AXIS_VALUE = 2**18  # tokens, sequences: as far as step times are laid out
 
 
-def _fill(x_values: FloatArray, y_values: FloatArray, grid: FloatArray) -> FloatArray:
-    """
-    `grid` with its NaNs filled: each becomes the mean of its neighbours, the nearer the
-    weightier (a discrete Laplace equation, as for heat in a plate held at the measured points).
-    """
-    holes = np.argwhere(np.isnan(grid))
-    number = {(int(i), int(j)): k for k, (i, j) in enumerate(holes)}
-    matrix, right = np.zeros((len(holes), len(holes))), np.zeros(len(holes))
-    for (i, j), k in number.items():
-        for i_near, j_near in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
-            if not (0 <= i_near < len(x_values) and 0 <= j_near < len(y_values)):
-                continue
-            weight = 1.0 / abs(x_values[i] - x_values[i_near] + y_values[j] - y_values[j_near])
-            matrix[k, k] += weight
-            if (i_near, j_near) in number:
-                matrix[k, number[i_near, j_near]] -= weight
-            else:
-                right[k] += weight * grid[i_near, j_near]
-    filled = grid.copy()
-    if len(holes):
-        filled[holes[:, 0], holes[:, 1]] = np.linalg.solve(matrix, right)
-    return filled
+# Kriging of what two axes give: how like each other two measurements are by the octaves between them.
+CORRELATION_OCTAVES = 2.5
+CORRECTION_SD = 0.1  # of the corrections, in the logarithm, around ...
+LEVEL_SD = 0.3  # ... a level that all of a table share
+NOISE_SD = 0.002  # of one measurement, repeated
+
+
+def _likeness(octaves: FloatArray) -> FloatArray:
+    """Matern's correlation of order 3/2: smooth, but not infinitely so, as times of kernels are."""
+    scaled = math.sqrt(3.0) / CORRELATION_OCTAVES * octaves
+    return np.asarray(CORRECTION_SD**2 * (1.0 + scaled) * np.exp(-scaled) + LEVEL_SD**2)
+
+
+def _octaves_between(places: FloatArray, points: FloatArray) -> FloatArray:
+    """Distances on logarithmic axes, shape (places, points)."""
+    x, y = (np.subtract.outer(np.log2(1.0 + places[:, i]), np.log2(1.0 + points[:, i])) for i in (0, 1))
+    return np.asarray(np.hypot(x, y))
 
 
 class _Hull:
@@ -129,32 +123,35 @@ class LatencyTable:
 
     def interpolate(self, values: FloatArray, x: FloatArray, y: FloatArray | None = None) -> FloatArray:
         """
-        `values`, given at the points, at other places: linear in the logarithm of (1 + axis).
+        `values`, given at the points, at other places: with one axis linear in the logarithm of (1 + axis), with two by
+        kriging (the mean of a Gaussian process, see `_likeness`), which needs no grid of points.
 
         `values` has shape (n,); `x` and `y` any shape, the result the same. Beyond the
         first and last value of an axis, what holds there is kept.
         """
-        x_values = np.log1p(self.axis_values(0))
         if y is None:
-            return np.asarray(np.interp(np.log1p(x), x_values, values))
-        y_values = np.log1p(self.axis_values(1))
-        grid = _fill(x_values, y_values, self._on_grid(values))
-        row = np.interp(np.log1p(x), x_values, np.arange(len(x_values)))
-        column = np.interp(np.log1p(y), y_values, np.arange(len(y_values)))
-        i = np.minimum(row.astype(np.int64), max(len(x_values) - 2, 0))
-        j = np.minimum(column.astype(np.int64), max(len(y_values) - 2, 0))
-        i_next, j_next = np.minimum(i + 1, len(x_values) - 1), np.minimum(j + 1, len(y_values) - 1)
-        u, v = row - i, column - j
-        low = grid[i, j] * (1 - v) + grid[i, j_next] * v
-        high = grid[i_next, j] * (1 - v) + grid[i_next, j_next] * v
-        return np.asarray(low * (1 - u) + high * u)
+            return np.asarray(np.interp(np.log1p(x), np.log1p(self.axis_values(0)), values))
+        places = np.column_stack([np.ravel(x), np.ravel(y)])
+        places = np.clip(places, self.points.min(axis=0), self.points.max(axis=0))
+        places, index = np.unique(places, axis=0, return_inverse=True)
+        level = np.median(values)
+        weights = np.linalg.solve(self._likeness_of_points(), values - level)
+        found = level + _likeness(_octaves_between(places, self.points)) @ weights
+        return np.asarray(found[np.ravel(index)].reshape(np.shape(x)))
 
-    def _on_grid(self, values: FloatArray) -> FloatArray:
-        """`values` on the grid of both axes' values, NaN where nothing was measured."""
-        grid = np.full((len(self.axis_values(0)), len(self.axis_values(1))), np.nan)
-        at = [np.searchsorted(self.axis_values(axis), self.points[:, axis]) for axis in (0, 1)]
-        grid[at[0], at[1]] = values
-        return grid
+    def left_out(self, values: FloatArray) -> FloatArray:
+        """What `interpolate` says of each point from all the others, shape (n,)."""
+        if len(self.columns) == 1:
+            x = np.log1p(self.points[:, 0])
+            return np.array([np.interp(x[i], np.delete(x, i), np.delete(values, i)) for i in range(len(x))])
+        # The inverse for all points holds those for all but one (Dubrule, Mathematical Geology 15, 1983).
+        inverse = np.linalg.inv(self._likeness_of_points())
+        return np.asarray(values - inverse @ (values - np.median(values)) / np.diag(inverse))
+
+    def _likeness_of_points(self) -> FloatArray:
+        likeness = _likeness(_octaves_between(self.points, self.points))
+        likeness[np.diag_indices_from(likeness)] += NOISE_SD**2
+        return likeness
 
     def without(self, index: int) -> LatencyTable:
         """The same table less one point (for leave-one-out checks)."""

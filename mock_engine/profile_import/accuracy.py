@@ -13,10 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mock_engine.latency_table import LatencyTable
 from mock_engine.profile import Profile
+from mock_engine.roofline import smooth_max
 from mock_engine.step import PrefillChunk, StepLoad
-from mock_engine.timing import TimingModel, predict
+from mock_engine.timing import TimingModel
+
+FloatArray = NDArray[np.float64]
 
 MIN_POINTS = 3  # fewer say nothing
 HEAD_CONTEXT_TOKENS = 1024  # of each sequence in the pass that a point of `head` belongs to
@@ -47,14 +52,16 @@ def leave_one_out(profile: Profile) -> dict[str, float]:
     timing = TimingModel(profile)
     errors = {}
     for name, table in profile.latency.items():
-        roofline_s = getattr(profile.roofline, f"{name}_s")
-        missed = []
-        for index, point in enumerate(table.points):
-            others = table.without(index)
-            if others.covers(*point):
-                predicted_s = predict(others, roofline_s, *(point[:, np.newaxis]))[0]
-                pass_s = timing.step_s(PASS_OF[name](*(int(value) for value in point)))
-                missed.append(abs(predicted_s - table.seconds[index]) / pass_s)
-        if len(missed) >= MIN_POINTS:
-            errors[name] = round(float(np.median(missed)), 4)
+        pass_s = [timing.step_s(PASS_OF[name](*(int(value) for value in point))) for point in table.points]
+        missed = np.abs(left_out(table, getattr(profile.roofline, f"{name}_s")) - table.seconds) / pass_s
+        if np.sum(~np.isnan(missed)) >= MIN_POINTS:
+            errors[name] = round(float(np.nanmedian(missed)), 4)
     return errors
+
+
+def left_out(table: LatencyTable, roofline_s: Callable[..., FloatArray]) -> FloatArray:
+    """Seconds at each point as the others predict it, shape (n,); NaN where it does not lie among them."""
+    bound_s = smooth_max(roofline_s(*table.points.T), np.min(table.seconds))
+    predicted_s = bound_s * np.exp(table.left_out(np.log(table.seconds / bound_s)))
+    is_among = [table.without(index).covers(*point) for index, point in enumerate(table.points)]
+    return np.where(is_among, predicted_s, np.nan)
