@@ -16,10 +16,11 @@ from mock_engine.core import Core
 from mock_engine.errors import ConfigError
 from mock_engine.kv_blocks import KvBlocks
 from mock_engine.profile import Profile, load_profile
-from mock_engine.scheduler import Scheduler, SchedulerConfig
+from mock_engine.scheduler_config import SchedulerConfig
 from mock_engine.step import StepLoad
 from mock_engine.step_times import StepTimes
 from mock_engine.timing import StepJitter, TimingModel
+from mock_engine.vllm_scheduler import VllmScheduler
 
 DEFAULT_PROFILE = "h100-sxm/llama-3.1-8b/vllm-tp1-bf16"
 DEFAULT_TOKENIZER = Path(__file__).parent / "tokenizer"
@@ -131,7 +132,7 @@ def build_engines(
     engines = []
     is_async = profile.async_scheduling if settings.async_scheduling is None else settings.async_scheduling
     for seed in seeds:
-        scheduler = Scheduler(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
+        scheduler = VllmScheduler(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
         times = StepTimes(timing, StepJitter(jitter_cv, seed), on_unmeasured)
         engines.append(Engine(Core(scheduler, times, is_async), profile, config, block_size, num_blocks))
     return engines

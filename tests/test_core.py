@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mock_engine.errors import ConfigError, RequestError
 from mock_engine.request import Request, hash_blocks
-from mock_engine.scheduler import SchedulerConfig, Status
+from mock_engine.scheduler_config import SchedulerConfig
+from mock_engine.sequence import Status
 from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, make_core, run, step_s, workloads
 
 core_options = st.fixed_dictionaries(

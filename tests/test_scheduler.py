@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mock_engine.kv_blocks import KvBlocks
-from mock_engine.scheduler import Scheduler, SchedulerConfig, SequenceState
+from mock_engine.scheduler_config import SchedulerConfig
+from mock_engine.sequence import SequenceState
+from mock_engine.vllm_scheduler import VllmScheduler
 from tests.helpers.plain_scheduler import PlainScheduler, PlainSequence
 from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, workloads
 
@@ -35,7 +37,7 @@ def make(kind, num_blocks, max_num_seqs, max_num_batched_tokens, enable_prefix_c
 @settings(max_examples=600, deadline=None)
 def test_every_step_is_the_one_that_the_policy_written_out_plainly_gives(workload, options):
     """Same load, same tokens, same blocks in use and cached, in every step; whatever is cancelled or preempted."""
-    scheduler, plain = make(Scheduler, **options), make(PlainScheduler, **options)
+    scheduler, plain = make(VllmScheduler, **options), make(PlainScheduler, **options)
     pairs: dict[str, tuple[SequenceState, PlainSequence]] = {}
     pending = list(workload)
     number = 0

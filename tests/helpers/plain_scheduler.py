@@ -1,7 +1,7 @@
 """
 The scheduler's policy in its plainest form: every sequence is looked at in every step.
 
-The one in `mock_engine.scheduler` keeps next to nothing per step; held against this one,
+The one in `mock_engine.vllm_scheduler` keeps next to nothing per step; held against this one,
 it must schedule the same in every step. Slow, short, and without shortcuts.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from mock_engine.kv_blocks import BlockTable, KvBlocks
 from mock_engine.request import Request
-from mock_engine.scheduler import SchedulerConfig
+from mock_engine.scheduler_config import SchedulerConfig
 from mock_engine.step import PrefillChunk, StepLoad
 
 
