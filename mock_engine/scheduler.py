@@ -7,7 +7,7 @@ What every scheduler keeps, whatever its policy: the queue, the running batch, a
     progress = scheduler.complete(schedule)       it is over
     scheduler.advance(scheduler.num_steady_steps())    decode steps in which nothing changes, all at once
 
-The policy is in `vllm_scheduler`. A policy puts together in `schedule` who runs,
+Policies are in `vllm_scheduler`, `sglang_scheduler` and `trtllm_scheduler`. Each puts together in `schedule` who runs,
 and may ask for more blocks at an admission than the step itself takes. What a policy may not do: let some of those that
 decode go on without the others. All get a token in a step or none, which is what `decode_batch` rests on; and while
 nobody can be admitted, all do, which is what `num_steady_steps` rests on.
@@ -81,7 +81,7 @@ class Scheduler(ABC):
         self.num_prefix_hits_tokens = 0  # ... and found there
         self.num_kept_blocks = 0  # of finished sequences whose requests keep them
         self._is_in_decode_step = False  # the blocks of those that decode are taken, their tokens not counted
-        self._is_head_blocked = False  # the first that waits found too few blocks, and none have come back since
+        self._is_head_blocked = False  # the first that waits found too few blocks, and nobody has left since
         self._publishers: dict[SequenceState, None] = {}  # those that decode and have blocks to offer for sharing
 
     @property
@@ -122,8 +122,8 @@ class Scheduler(ABC):
         if sequence.status is Status.RUNNING:
             self._leave(sequence)
         elif sequence.status is not Status.NEW:
+            self._is_head_blocked = self._is_head_blocked and sequence is not self.waiting[0]
             self.waiting.remove(sequence)
-            self._is_head_blocked = False
         sequence.status = Status.CANCELLED
 
     def give_back(self, sequence: SequenceState) -> None:
