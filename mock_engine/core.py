@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mock_engine.request import Request
-from mock_engine.scheduler import Progress, Schedule, Scheduler, SequenceState, Status
+from mock_engine.scheduler import Progress, Schedule, Scheduler
+from mock_engine.sequence import SequenceState, Status
 from mock_engine.step_times import StepTimes
 
 MAX_RUN_STEPS = 1024
@@ -123,7 +124,7 @@ class Core:
 
     def end_step_with_tokens(self, step: Step, now_s: float) -> list[Token]:
         """`end_step`, and every output token of the step, due at `now_s`, in batch order."""
-        decoding = list(self.scheduler.decoding)
+        decoding = list(self.scheduler.decoding) if step.schedule.has_decodes else []
         progress = self.end_step(step, now_s)
         return [
             Token(sequence, sequence.num_output_tokens - 1, now_s, sequence.status is Status.FINISHED)

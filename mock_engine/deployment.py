@@ -207,7 +207,7 @@ class Rank(RoutedLoad):
 
     def steps_done(self, stretch: Stretch) -> None:
         edges_s, num_decoding = stretch.edges_s, stretch.num_decoding
-        num_tokens = num_decoding * (len(edges_s) - 1) + stretch.num_prefilled
+        num_tokens = num_decoding * (len(edges_s) - 1) + stretch.num_joining
         if num_decoding:
             self._gaps.add_gaps(edges_s[1:] - edges_s[:-1], num_decoding)
         num_blocks = self.engine.num_blocks
@@ -222,8 +222,8 @@ class Rank(RoutedLoad):
             num_tokens,
         )
 
-    def gap_done(self, gap_s: float) -> None:
-        self._gaps.add_gaps(np.array([gap_s]), 1)
+    def gap_done(self, gap_s: float, num_sequences: int) -> None:
+        self._gaps.add_gaps(np.array([gap_s]), num_sequences)
 
 
 class Pool:

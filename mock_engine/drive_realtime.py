@@ -33,7 +33,7 @@ from typing import Protocol
 from mock_engine.core import Core, Token
 from mock_engine.lateness import LatenessHistogram
 from mock_engine.request import Request
-from mock_engine.scheduler import SequenceState
+from mock_engine.sequence import SequenceState
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ whatever arrives at the moment when a step begins is in time for it.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from heapq import heappush
 from typing import Any, NamedTuple, Protocol
@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from mock_engine.core import Core, Run, Step
 from mock_engine.request import Request
-from mock_engine.scheduler import Progress, ScheduledPrefill, SequenceState, Status
+from mock_engine.scheduler import Progress, ScheduledPrefill
+from mock_engine.sequence import SequenceState, Status
 
 OUTSIDE, STEP_ENDS, STEP_BEGINS = 1, 2, 3  # 1 is what simpy gives its own timeouts and processes
 
@@ -58,7 +59,7 @@ class Flight:
         self.arrival_s = arrival_s
         self.first_token_s: float | None = None
         self.second_token_s: float | None = None
-        self.last_token_s: float | None = None  # kept where it is of use: at the end, and when preempted
+        self.last_token_s: float | None = None  # kept where it is of use: at the end, and from a preemption to the next
 
 
 class Stretch(NamedTuple):
@@ -66,7 +67,7 @@ class Stretch(NamedTuple):
 
     edges_s: NDArray[np.float64]  # begin of the first, then the end of each
     num_decoding: int  # sequences that got a token at the end of each step, after one at its begin
-    num_prefilled: int  # sequences that got one at the end of the last step, and had none at its begin
+    num_joining: int  # sequences that got one at the end of the last step, and had none at its begin
     num_running: int
     num_waiting: float  # mean over the time from the first edge to the last
     start_blocks: int  # KV blocks in use, in the first step
@@ -82,8 +83,8 @@ class Listener(Protocol):
     def steps_done(self, stretch: Stretch) -> None:
         """Steps in a row are over; whoever finished with them is not reported yet."""
 
-    def gap_done(self, gap_s: float) -> None:
-        """A sequence got its next token after a preemption."""
+    def gap_done(self, gap_s: float, num_sequences: int) -> None:
+        """So many sequences got their next token after more than a step: a preemption, or steps without decodes."""
 
 
 class Observer(Protocol):
@@ -143,7 +144,9 @@ class VirtualDrive:
         self._waiting_until_s = 0.0  # ...up to here
         self._next: simpy.Event | None = None  # the end of the step or run, or the begin of one; None when idle
         self._arrived: deque[Flight] = deque()  # too late for the next step
-        self._expecting_second: list[Flight] = []  # their first token came out at the last step's end
+        self._expecting_second: list[Flight] = []  # their first token came out since the last decode step
+        # Those that decode and got no token at the last step's end, since it only prefilled: when they got their last.
+        self._stalled: dict[SequenceState, float] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -175,6 +178,7 @@ class VirtualDrive:
         if flight in self._arrived:
             self._arrived.remove(flight)
         self.core.cancel(flight.sequence)
+        self._stalled.pop(flight.sequence, None)
         if self._observer is not None:
             self._observer.left(flight, self._clock.now)
 
@@ -200,7 +204,8 @@ class VirtualDrive:
         now_s = self._start_s = self._clock.now
         self._count_waiting(now_s)
         self._hand_over_arrived()
-        if not self._is_single_stepping and not self._arrived:
+        # Steps of a run are like the last one: all that decode got a token then.
+        if not self._is_single_stepping and not self._arrived and not self._stalled:
             self._run = self.core.plan_run(now_s)
             if self._run is not None:
                 self._next = self._clock.call_at(float(self._run.edges_s[-1]), self._end_run, STEP_ENDS)
@@ -216,8 +221,9 @@ class VirtualDrive:
         num_preemptions = self.core.scheduler.num_preemptions
         self._start_s = start_s
         self._step = self.core.begin_step()
-        for index in range(self.core.scheduler.num_preemptions - num_preemptions):
-            self._note_preemption(self.core.scheduler.waiting[index])
+        if self.core.scheduler.num_preemptions > num_preemptions:
+            for sequence in self.core.scheduler.preempted:
+                self._note_preemption(sequence)
         self._used_blocks = self.core.scheduler.blocks.num_used
         if self._observer is not None:
             self._show_begin(self._observer)
@@ -228,8 +234,9 @@ class VirtualDrive:
 
     def _note_preemption(self, sequence: SequenceState) -> None:
         flight = self.flights[sequence]
-        if sequence.num_output_tokens:
-            flight.last_token_s = self._start_s
+        last_token_s = self._stalled.pop(sequence, self._start_s)
+        if sequence.num_output_tokens and flight.last_token_s is None:  # unless none came since it was preempted before
+            flight.last_token_s = last_token_s
         if self._observer is not None:
             self._observer.preempted(flight, self._start_s)
 
@@ -241,18 +248,23 @@ class VirtualDrive:
         now_s = self._clock.now
         scheduler = self.core.scheduler
         num_decoding, num_running = len(scheduler.decoding), scheduler.num_running
+        has_decodes, num_stalled = step.schedule.has_decodes, len(self._stalled)
+        if not has_decodes:
+            self._stalled = dict.fromkeys(scheduler.decoding, self._start_s) | self._stalled
         progress = self.core.end_step(step, now_s)
         self._note_steps(
             Stretch(
                 np.array([self._start_s, now_s]),
-                num_decoding,
-                len(progress.prefilled),
+                num_decoding - num_stalled if has_decodes else 0,
+                len(progress.prefilled) + (num_stalled if has_decodes else 0),
                 num_running,
                 self._mean_waiting(now_s),
                 self._used_blocks,
                 self._used_blocks,
             )
         )
+        if has_decodes:
+            self._note_decodes(now_s)
         if self._observer is not None:
             self._show_end(self._observer, step.schedule.prefills)
         for sequence in progress.prefilled:
@@ -276,10 +288,17 @@ class VirtualDrive:
         self._listener.steps_done(stretch)
         if self._observer is not None:
             self._observer.steps_done(stretch, self.core.scheduler.blocks.num_blocks)
+
+    def _note_decodes(self, now_s: float) -> None:
+        """All that decode got a token."""
         for flight in self._expecting_second:
             if flight.sequence.num_output_tokens > 1 and flight.second_token_s is None:  # not preempted or cancelled
-                flight.second_token_s = float(stretch.edges_s[1])
+                flight.second_token_s = now_s
         self._expecting_second.clear()
+        if self._stalled:
+            for last_s, num_sequences in Counter(self._stalled.values()).items():
+                self._listener.gap_done(now_s - last_s, num_sequences)
+            self._stalled.clear()
 
     def _note_prefilled(self, flight: Flight, now_s: float) -> None:
         if flight.first_token_s is None:
@@ -289,7 +308,8 @@ class VirtualDrive:
         if flight.second_token_s is None:
             flight.second_token_s = now_s
         assert flight.last_token_s is not None, "it was preempted"
-        self._listener.gap_done(now_s - flight.last_token_s)
+        self._listener.gap_done(now_s - flight.last_token_s, 1)
+        flight.last_token_s = None
 
     def _show_begin(self, observer: Observer) -> None:
         if self._step is not None:
@@ -337,6 +357,7 @@ class VirtualDrive:
                 used_blocks + grown_blocks,
             )
         )
+        self._note_decodes(float(run.edges_s[1]))
         return progress
 
     def _cut_run(self) -> None:

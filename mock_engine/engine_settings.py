@@ -16,12 +16,22 @@ from mock_engine.core import Core
 from mock_engine.errors import ConfigError
 from mock_engine.kv_blocks import KvBlocks
 from mock_engine.profile import Profile, load_profile
-from mock_engine.scheduler import Scheduler, SchedulerConfig
+from mock_engine.scheduler import Scheduler
+from mock_engine.scheduler_config import SchedulerConfig
+from mock_engine.sglang_scheduler import SglangScheduler
 from mock_engine.step import StepLoad
 from mock_engine.step_times import StepTimes
 from mock_engine.timing import StepJitter, TimingModel
+from mock_engine.trtllm_scheduler import TrtllmScheduler
+from mock_engine.vllm_scheduler import VllmScheduler
 
 DEFAULT_PROFILE = "h100-sxm/llama-3.1-8b/vllm-tp1-bf16"
+# Whose scheduling policy an engine may follow, as Dynamo's mocker spells it.
+ENGINE_TYPES: dict[str, type[Scheduler]] = {
+    "vllm": VllmScheduler,
+    "sglang": SglangScheduler,
+    "trtllm": TrtllmScheduler,
+}
 DEFAULT_TOKENIZER = Path(__file__).parent / "tokenizer"
 
 
@@ -30,6 +40,7 @@ class EngineSettings:
     """What the user chose. Field names are the flags' names. Raises `ConfigError` for a value out of range."""
 
     profile: str = DEFAULT_PROFILE
+    engine_type: str | None = None  # whose scheduler it has; of a profile's engine that is not known, vLLM's
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int | None = None
@@ -45,6 +56,11 @@ class EngineSettings:
     default_osl: int = 256
 
     def __post_init__(self) -> None:
+        if self.engine_type is not None and self.engine_type not in ENGINE_TYPES:
+            allowed = ", ".join(ENGINE_TYPES)
+            raise ConfigError(
+                f"--engine-type is {self.engine_type!r}; allowed is {allowed}. Leave it out for that of the profile."
+            )
         for name in (
             "max_num_seqs",
             "max_num_batched_tokens",
@@ -127,11 +143,12 @@ def build_engines(
         max_model_len=settings.max_model_len or min(profile.max_model_len, num_blocks * block_size),
         enable_chunked_prefill=settings.enable_chunked_prefill,
     )
+    scheduler_type = ENGINE_TYPES.get(settings.engine_type or profile.engine, VllmScheduler)
     jitter_cv = profile.jitter_cv if settings.jitter is None else settings.jitter
     engines = []
     is_async = profile.async_scheduling if settings.async_scheduling is None else settings.async_scheduling
     for seed in seeds:
-        scheduler = Scheduler(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
+        scheduler = scheduler_type(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
         times = StepTimes(timing, StepJitter(jitter_cv, seed), on_unmeasured)
         engines.append(Engine(Core(scheduler, times, is_async), profile, config, block_size, num_blocks))
     return engines

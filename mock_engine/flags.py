@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings, flag_of
+from mock_engine.engine_settings import DEFAULT_TOKENIZER, ENGINE_TYPES, EngineSettings, flag_of
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -27,6 +27,11 @@ def add_engine_flags(parser: argparse.ArgumentParser, is_live: bool = True) -> N
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--profile", default=defaults.profile, help="a name from 'mock-engine profiles list', or a folder (%(default)s)"
+    )
+    group.add_argument(
+        "--engine-type",
+        metavar=f"{{{','.join(ENGINE_TYPES)}}}",
+        help="whose scheduler it has (default: that of the profile's engine)",
     )
     group.add_argument("--max-num-seqs", type=int, help="sequences running at once (default: the profile's)")
     group.add_argument("--max-num-batched-tokens", type=int, help="token budget of one step (default: the profile's)")

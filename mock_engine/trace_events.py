@@ -37,7 +37,7 @@ import numpy as np
 from mock_engine.deployment import DeploymentSettings
 from mock_engine.drive_virtual import Flight, Observer, Stretch
 from mock_engine.errors import ConfigError
-from mock_engine.scheduler import Status
+from mock_engine.sequence import Status
 
 _BATCH = 1024  # events written at once
 

@@ -4,7 +4,8 @@ Deliberately broken versions of the jump over decode steps, and whether the test
     python reports/jumping_mutants.py --out reports/jumping-mutants.md
 
 Each is one change in a copy of the tree. `jump` is tests/test_drive_virtual.py (runs of steps against single steps),
-`plain` tests/test_scheduler.py (single steps against the policy written out plainly). A test that never ends counts as
+`plain` tests/test_scheduler.py (single steps against the policies written out plainly), `policy`
+tests/test_scheduling_policies.py (examples of what SGLang and TensorRT-LLM do). A test that never ends counts as
 one that noticed. The first row breaks nothing, and must not be noticed.
 """
 
@@ -23,7 +24,11 @@ from pathlib import Path
 from mock_engine.bench_results import find_commit
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TESTS = {"jump": "tests/test_drive_virtual.py", "plain": "tests/test_scheduler.py"}
+_TESTS = {
+    "jump": "tests/test_drive_virtual.py",
+    "plain": "tests/test_scheduler.py",
+    "policy": "tests/test_scheduling_policies.py",
+}
 _TIMEOUT_S = 120.0
 # Making a failing example small takes longer than finding it, and nobody looks at it here.
 _NO_SHRINKING = """
@@ -62,8 +67,8 @@ MUTANTS = [
     Mutant(
         "a cancel does not cut a run",
         "drive_virtual",
-        "            self._cut_run()\n        self._count_waiting(self._clock.now)\n        self.core.cancel",
-        "            pass\n        self._count_waiting(self._clock.now)\n        self.core.cancel",
+        "            self._cut_run()\n        self._count_waiting(self._clock.now)\n        if flight in",
+        "            pass\n        self._count_waiting(self._clock.now)\n        if flight in",
     ),
     Mutant("a run cut in its second step loses the first", "drive_virtual", "if num_over > 0:", "if num_over > 1:"),
     Mutant(
@@ -96,6 +101,59 @@ MUTANTS = [
         "flight.sequence.num_output_tokens > 1 and ",
         "",
     ),
+    Mutant(
+        "a run begins though some wait for a token since a step that only prefilled",
+        "drive_virtual",
+        " and not self._stalled:",
+        ":",
+    ),
+    Mutant(
+        "a sequence that waited through several steps has waited for the last of them",
+        "drive_virtual",
+        "self._start_s) | self._stalled",
+        "self._start_s)",
+    ),
+    Mutant(
+        "a sequence preempted after steps that only prefilled had its last token before the preemption",
+        "drive_virtual",
+        "self._stalled.pop(sequence, self._start_s)",
+        "self._start_s",
+    ),
+    Mutant(
+        "a sequence preempted twice before its next token had its last at the second",
+        "drive_virtual",
+        "if sequence.num_output_tokens and flight.last_token_s is None:",
+        "if sequence.num_output_tokens:",
+    ),
+    Mutant(
+        "who is cancelled while it waits for a token is still waited for",
+        "drive_virtual",
+        "        self._stalled.pop(flight.sequence, None)\n",
+        "",
+    ),
+    Mutant("those that decode go on in a step that only prefills", "sglang_scheduler", "decodes=False", "decodes=True"),
+    Mutant("nothing is held back for those that decode", "sglang_scheduler", "+ prefilling", "* 0 + prefilling"),
+    Mutant("what is held back never sinks", "sglang_scheduler", " - RATIO_DECAY * num_steps", ""),
+    Mutant(
+        "what is held back stays as it is when some are retracted", "sglang_scheduler", "self._ratio = min", "_ = min"
+    ),
+    Mutant(
+        "of equal sequences the oldest is retracted", "sglang_scheduler", "reversed(self.decoding)", "self.decoding"
+    ),
+    Mutant("who is retracted comes first again", "sglang_scheduler", "waiting.append(", "waiting.appendleft("),
+    Mutant("a chunk of a prompt is promised no more", "trtllm_scheduler", "to_finish() + prefilling", "to_finish()"),
+    Mutant(
+        "those that decode are promised no more",
+        "trtllm_scheduler",
+        "num_blocks_to_finish()",
+        "num_blocks_for_step * 0",
+    ),
+    Mutant(
+        "a promise begins a step late",
+        "decode_batch",
+        "(-(phase + self.num_steps + 1) %",
+        "(-(phase + self.num_steps) %",
+    ),
     Mutant("jitter that was looked at is not used up", "core", "self._times.skip(num_steps)", "pass"),
     Mutant(
         "a cut run uses up all the jitter it looked at",
@@ -114,57 +172,57 @@ MUTANTS = [
     Mutant(
         "a run is not cut where blocks run short",
         "scheduler",
-        "self._num_steps_with_blocks(self._finish_steps[0] - self.num_steps)",
-        "self._finish_steps[0] - self.num_steps",
+        "return self._decodes.num_steps_with_blocks(num_steps, self.blocks.num_available)",
+        "return num_steps",
     ),
     Mutant(
         "a run goes one step past the first end",
-        "scheduler",
-        "self._finish_steps[0] - self.num_steps)",
-        "self._finish_steps[0] - self.num_steps + 1)",
+        "decode_batch",
+        "return self._finish_steps[0] - self.num_steps",
+        "return self._finish_steps[0] - self.num_steps + 1",
     ),
     Mutant(
         "a run is cut where eviction would have given blocks",
         "scheduler",
-        "available = self.blocks.num_available",
-        "available = self.blocks.num_free",
+        "(num_steps, self.blocks.num_available)",
+        "(num_steps, self.blocks.num_free)",
         is_slower_only=True,
     ),
     Mutant(
         "a run is one step shorter than its blocks allow",
-        "scheduler",
+        "decode_batch",
         "while left >= (needed",
         "while left > (needed",
         is_slower_only=True,
     ),
     Mutant(
         "blocks of a run are counted from the wrong phase",
-        "scheduler",
-        "first = -self.num_steps % block_size",
-        "first = self.num_steps % block_size",
+        "decode_batch",
+        "first = -self.num_steps % self._block_size",
+        "first = self.num_steps % self._block_size",
     ),
     Mutant(
         "blocks of a run that wraps around are forgotten",
-        "scheduler",
+        "decode_batch",
         "(sum(by_phase[below:]) if below < 0 else 0)",
         "0",
     ),
     Mutant(
         "sequences that have left still take blocks",
-        "scheduler",
-        "self._num_by_phase[sequence._num_computed_tokens % self.blocks.block_size] -= 1",
+        "decode_batch",
+        "self._num_by_phase[sequence._num_computed_tokens % self._block_size] -= 1",
         "pass",
     ),
     Mutant(
         "the context of sequences that have left still counts",
-        "scheduler",
-        "self._context_tokens -= sequence.request.isl_tokens + sequence._num_output_tokens",
+        "decode_batch",
+        "self._context_tokens -= request.isl_tokens + sequence._num_output_tokens",
         "pass",
     ),
     Mutant(
         "a cancel within a step loses the block taken for it",
         "scheduler",
-        "num_tokens = sequence.num_computed_tokens + self._is_in_step\n        sequence.table",
+        "num_tokens = sequence.num_computed_tokens + self._is_in_decode_step\n        sequence.table",
         "num_tokens = sequence.num_computed_tokens\n        sequence.table",
     ),
     Mutant(
@@ -187,7 +245,7 @@ MUTANTS = [
     ),
     Mutant(
         "the oldest sequence is preempted",
-        "scheduler",
+        "vllm_scheduler",
         "next(reversed(self.prefilling or self.decoding))",
         "next(iter(self.prefilling or self.decoding))",
     ),
@@ -251,7 +309,8 @@ def main() -> None:
         f"mock-engine {version('mock-engine')}, commit {find_commit()}; hypothesis {version('hypothesis')}; "
         f"Python {platform.python_version()}.",
         "",
-        f"`jump`: {_TESTS['jump']}, 1,500 random workloads. `plain`: {_TESTS['plain']}, 600. Changes that make a run "
+        f"`jump`: {_TESTS['jump']}, 2,500 random workloads. `plain`: {_TESTS['plain']}, 600 of each policy. `policy`: "
+        f"{_TESTS['policy']}, examples. Changes that make a run "
         "shorter than it could be change no result, so nothing is to be noticed.",
         "",
         f"| what is broken | module | {' | '.join(_TESTS)} |",

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mock_engine.engine_settings import ENGINE_TYPES
 from mock_engine.errors import ConfigError, RequestError
 from mock_engine.request import Request, hash_blocks
-from mock_engine.scheduler import SchedulerConfig, Status
+from mock_engine.scheduler_config import SchedulerConfig
+from mock_engine.sequence import Status
 from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, make_core, run, step_s, workloads
 
 core_options = st.fixed_dictionaries(
@@ -17,12 +19,13 @@ core_options = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 8),
         "max_num_batched_tokens": st.integers(8, 64),
         "enable_prefix_caching": st.booleans(),
+        "engine_type": st.sampled_from(list(ENGINE_TYPES)),
     }
 )
 
 
 @given(workload=workloads(), options=core_options)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=900, deadline=None)
 def test_every_request_gets_its_osl_or_is_cancelled_and_all_kv_blocks_come_back(workload, options):
     """Nothing is lost, repeated, reordered or leaked; `run` checks the block invariant after every move."""
     core = make_core(**options)
@@ -46,14 +49,14 @@ def test_every_request_gets_its_osl_or_is_cancelled_and_all_kv_blocks_come_back(
 
 
 @given(workload=workloads(), options=core_options)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_no_step_exceeds_the_limits_and_every_step_does_something(workload, options):
     core = make_core(**options)
 
     def check(_: int) -> None:
         schedule = core._current.schedule
         assert 1 <= schedule.load.num_tokens <= options["max_num_batched_tokens"]
-        num_sequences = len(schedule.prefills) + len(core.scheduler.decoding)
+        num_sequences = len(schedule.prefills) + (len(core.scheduler.decoding) if schedule.has_decodes else 0)
         assert num_sequences <= core.scheduler.num_running <= options["max_num_seqs"]
         assert num_sequences == len(schedule.load.prefill_chunks) + schedule.load.decode_batch_size
 
@@ -61,7 +64,7 @@ def test_no_step_exceeds_the_limits_and_every_step_does_something(workload, opti
 
 
 @given(workload=workloads(with_cancels=False), options=core_options)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_without_preemption_first_tokens_come_in_order_of_arrival(workload, options):
     core = make_core(**options)
     _, tokens = run(core, workload)

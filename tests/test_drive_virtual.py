@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mock_engine.drive_virtual import VirtualClock, VirtualDrive
+from mock_engine.engine_settings import ENGINE_TYPES
 from mock_engine.request import Request
 from tests.helpers.virtual import Notes, drive, timed_requests
 from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, TICK_S, make_core, step_s, ticking_step_s
@@ -19,12 +22,13 @@ options = st.fixed_dictionaries(
         "enable_prefix_caching": st.booleans(),
         "timing": st.sampled_from([step_s, ticking_step_s]),
         "is_async": st.booleans(),
+        "engine_type": st.sampled_from(list(ENGINE_TYPES)),
     }
 )
 
 
 @given(workload=timed_requests(), options=options, jitter=st.sampled_from([0.0, 0.05]))
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=2500, deadline=None)
 def test_jumping_over_decode_steps_gives_every_token_the_time_that_single_steps_give(workload, options, jitter):
     """Chunked prefill, prefix hits, preemption, cancels and arrivals at any moment; equal means equal floats."""
     single, single_notes = drive(workload, True, jitter, **options)
@@ -32,6 +36,10 @@ def test_jumping_over_decode_steps_gives_every_token_the_time_that_single_steps_
     assert jumping.token_s == single.token_s
     assert jumping_notes.flights == single_notes.flights
     assert jumping_notes.gaps == single_notes.gaps
+    assert sorted(single_notes.gaps) == sorted(
+        later_s - earlier_s for token_s in single.token_s.values() for earlier_s, later_s in pairwise(token_s)
+    )
+    assert single_notes.num_tokens == jumping_notes.num_tokens == sum(map(len, single.token_s.values()))
     assert single.num_run_steps == 0
     for request_id, _, first_s, second_s, last_s, *_ in jumping_notes.flights:
         token_s = jumping.token_s[request_id]
@@ -129,3 +137,19 @@ def test_who_is_cancelled_at_the_very_moment_of_the_last_token_does_not_get_it(i
     assert clock.now >= last_s
     assert notes.flights == []
     assert flight.sequence.num_output_tokens == 9
+
+
+@pytest.mark.parametrize("is_single_stepping", [True, False])
+def test_the_gap_of_a_sequence_retracted_after_another_s_prefill_begins_at_its_last_token(is_single_stepping):
+    """A prefill of `old`, one of `new`, and no blocks for the decode step that follows: `old` has the longer prompt."""
+    clock, notes = VirtualClock(), Notes()
+    core = make_core(num_blocks=12, timing=ticking_step_s, engine_type="sglang")
+    drive = VirtualDrive(clock, core, notes, is_single_stepping=is_single_stepping)
+    old = drive.submit(Request("old", 2 * BLOCK_SIZE, 4))
+    clock.call_at(1 * TICK_S, lambda _: drive.submit(Request("new", BLOCK_SIZE, 3)))
+    clock.call_at(3 * TICK_S, lambda _: core.scheduler.blocks.take(core.scheduler.blocks.num_available))
+    clock.run()
+    assert old.sequence.num_preemptions == 1
+    # Two prefills of two ticks, two decode steps until `new` is answered, and the prefill of `old` once more.
+    assert (old.first_token_s, old.second_token_s) == (2 * TICK_S, 8 * TICK_S)
+    assert sorted(gap_s / TICK_S for gap_s in notes.gaps) == [1, 1, 1, 1, 6]

@@ -13,7 +13,8 @@ ROWS = (
     "errors request session",
     "step kv_blocks latency_table monotone roofline gpu_datasheets engine_defaults profile model_config profile_writing"
     " lateness tokenizer_words output_tokens aiperf_schema columns slos state_log json_file",
-    "scheduler timing step_times prompt",
+    "sequence decode_batch scheduler_config scheduler vllm_scheduler sglang_scheduler trtllm_scheduler"
+    " timing step_times prompt",
     "core",
     "realtime_clock recorder drive_realtime drive_virtual engine_settings trace_files workload"
     " aiperf_records simulation_results",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mock_engine.engine_settings import ENGINE_TYPES
 from mock_engine.kv_blocks import KvBlocks
-from mock_engine.scheduler import Scheduler, SchedulerConfig, SequenceState
-from tests.helpers.plain_scheduler import PlainScheduler, PlainSequence
+from mock_engine.scheduler_config import SchedulerConfig
+from mock_engine.sequence import SequenceState
+from tests.helpers.plain_scheduler import PlainScheduler, PlainSequence, PlainSglangScheduler, PlainTrtllmScheduler
 from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, workloads
+
+PLAIN = {"vllm": PlainScheduler, "sglang": PlainSglangScheduler, "trtllm": PlainTrtllmScheduler}
 
 options = st.fixed_dictionaries(
     {
@@ -31,11 +36,12 @@ def make(kind, num_blocks, max_num_seqs, max_num_batched_tokens, enable_prefix_c
     return kind(config, KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching))
 
 
+@pytest.mark.parametrize("engine_type", ENGINE_TYPES)
 @given(workload=workloads(), options=options)
 @settings(max_examples=600, deadline=None)
-def test_every_step_is_the_one_that_the_policy_written_out_plainly_gives(workload, options):
+def test_every_step_is_the_one_that_the_policy_written_out_plainly_gives(engine_type, workload, options):
     """Same load, same tokens, same blocks in use and cached, in every step; whatever is cancelled or preempted."""
-    scheduler, plain = make(Scheduler, **options), make(PlainScheduler, **options)
+    scheduler, plain = make(ENGINE_TYPES[engine_type], **options), make(PLAIN[engine_type], **options)
     pairs: dict[str, tuple[SequenceState, PlainSequence]] = {}
     pending = list(workload)
     number = 0
@@ -59,7 +65,7 @@ def test_every_step_is_the_one_that_the_policy_written_out_plainly_gives(workloa
         assert schedule.load == plain.schedule()
         assert scheduler.blocks.num_free == plain.blocks.num_free
         cancel(in_step=True)
-        decoding = [sequence.request for sequence in scheduler.decoding]
+        decoding = [sequence.request for sequence in scheduler.decoding if schedule.has_decodes]
         progress = scheduler.complete(schedule)
         emitted = plain.complete()
         assert decoding + [sequence.request for sequence in progress.prefilled] == [

@@ -22,7 +22,7 @@ from mock_engine.deployment import DeploymentSettings, Job
 from mock_engine.drive_virtual import Flight
 from mock_engine.errors import ConfigError
 from mock_engine.routing import RouterSettings
-from mock_engine.scheduler import SequenceState
+from mock_engine.sequence import SequenceState
 from mock_engine.simulation import SimulationSettings, simulate
 from mock_engine.simulation_results import RequestLog
 from mock_engine.workload import Workload

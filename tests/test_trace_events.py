@@ -26,7 +26,7 @@ from mock_engine.drive_virtual import Flight, Stretch, VirtualClock, VirtualDriv
 from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import ConfigError
 from mock_engine.request import Request
-from mock_engine.scheduler import SequenceState
+from mock_engine.sequence import SequenceState
 from mock_engine.simulation import SimulationSettings, simulate
 from mock_engine.trace_events import _BATCH, TraceEvents
 from mock_engine.workload import Workload

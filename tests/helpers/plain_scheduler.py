@@ -1,18 +1,19 @@
 """
-The scheduler's policy in its plainest form: every sequence is looked at in every step.
+The schedulers' policies in their plainest form: every sequence is looked at in every step.
 
-The one in `mock_engine.scheduler` keeps next to nothing per step; held against this one,
-it must schedule the same in every step. Slow, short, and without shortcuts.
+Those of `mock_engine` keep next to nothing per step; held against these, they must schedule
+the same in every step. Slow, short, and without shortcuts.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
 from mock_engine.kv_blocks import BlockTable, KvBlocks
 from mock_engine.request import Request
-from mock_engine.scheduler import SchedulerConfig
+from mock_engine.scheduler_config import SchedulerConfig
 from mock_engine.step import PrefillChunk, StepLoad
 
 
@@ -31,6 +32,8 @@ class PlainSequence:
 
 
 class PlainScheduler:
+    """vLLM's."""
+
     def __init__(self, config: SchedulerConfig, blocks: KvBlocks) -> None:
         self.config = config
         self.blocks = blocks
@@ -41,14 +44,19 @@ class PlainScheduler:
 
     def cancel(self, sequence: PlainSequence) -> None:
         if sequence in self.waiting:
+            if sequence is self.waiting[0]:
+                self.is_head_blocked = False
             self.waiting.remove(sequence)
-            self.is_head_blocked = False
         elif sequence in self.running:
             self._leave(sequence)
 
     def schedule(self) -> StepLoad:
-        budget = self.config.max_num_batched_tokens
         self.scheduled = []
+        self._choose()
+        return self._load()
+
+    def _choose(self) -> None:
+        budget = self.config.max_num_batched_tokens
         has_preempted = False
         index = 0
         while index < len(self.running):
@@ -57,9 +65,7 @@ class PlainScheduler:
             while not self._grow(sequence, num_new):
                 has_preempted = True
                 newest = self.running[-1]
-                self._leave(newest)
-                newest.num_computed = newest.num_published = 0
-                newest.is_decoding = False
+                self._preempt(newest)
                 self.waiting.appendleft(newest)
                 if newest is sequence:
                     break
@@ -69,6 +75,8 @@ class PlainScheduler:
                 index += 1
         if not has_preempted and not self.is_head_blocked:
             self._admit(budget)
+
+    def _load(self) -> StepLoad:
         chunks, batch_size, context_tokens = [], 0, 0
         for sequence, num_new in self.scheduled:
             if num_new == 1 and sequence.num_computed > 0:
@@ -110,8 +118,8 @@ class PlainScheduler:
                 if not self.config.enable_chunked_prefill:
                     return
                 num_new = budget
-            needed = -(-(num_cached + num_new) // self.blocks.block_size) - len(hits)
-            if needed + self.blocks.num_unheld(hits) > self.blocks.num_available:
+            needed = self._num_blocks(self._num_tokens_to_admit(sequence, num_cached + num_new)) - len(hits)
+            if needed + self.blocks.num_unheld(hits) > self.blocks.num_available - self._num_reserved_blocks():
                 self.is_head_blocked = True
                 return
             self.waiting.popleft()
@@ -124,7 +132,7 @@ class PlainScheduler:
 
     def _grow(self, sequence: PlainSequence, num_new: int) -> bool:
         num_tokens = sequence.num_computed + num_new
-        if not self.blocks.grow(sequence.table, -(-num_tokens // self.blocks.block_size)):
+        if not self.blocks.grow(sequence.table, self._num_blocks(num_tokens)):
             return False
         if not sequence.is_decoding:
             self._publish_up_to(sequence, num_tokens)
@@ -141,8 +149,92 @@ class PlainScheduler:
         self.blocks.publish(sequence.table, sequence.request.block_hashes[sequence.num_published : num_full])
         sequence.num_published = max(sequence.num_published, num_full)
 
+    def _num_tokens_to_admit(self, _: PlainSequence, num_tokens: int) -> int:
+        return num_tokens
+
+    def _num_reserved_blocks(self) -> int:
+        return 0
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.blocks.block_size)
+
+    def _preempt(self, sequence: PlainSequence) -> None:
+        self._leave(sequence)
+        sequence.num_computed = sequence.num_published = 0
+        sequence.is_decoding = False
+
     def _leave(self, sequence: PlainSequence) -> None:
         self._publish(sequence)
         self.running.remove(sequence)
         self.blocks.release(sequence.table)
         self.is_head_blocked = False
+
+
+class PlainSglangScheduler(PlainScheduler):
+    """SGLang's. What is held back sinks by the same amount in each decode step."""
+
+    def __init__(self, config: SchedulerConfig, blocks: KvBlocks) -> None:
+        super().__init__(config, blocks)
+        self.decode_steps_since: int = 0
+        self.start_ratio = 0.7
+
+    def _choose(self) -> None:
+        if not self.running:
+            self.start_ratio, self.decode_steps_since = 0.7, 0
+        budget = self.config.max_num_batched_tokens
+        for sequence in self.running:
+            if not sequence.is_decoding:
+                num_new = min(sequence.num_tokens - sequence.num_computed, budget)
+                assert self._grow(sequence, num_new)
+                self.scheduled.append((sequence, num_new))
+                budget -= num_new
+        if not self.is_head_blocked:
+            self._admit(budget)
+        if self.scheduled:
+            return
+        self.decode_steps_since += 1
+        self._retract()
+        for sequence in self.running:
+            assert self._grow(sequence, 1)
+            self.scheduled.append((sequence, 1))
+
+    def _retract(self) -> None:
+        size = self.blocks.block_size
+        has_retracted = False
+        while sum(each.num_computed % size == 0 for each in self.running) > self.blocks.num_available:
+            has_retracted = True
+            ranked = sorted(self.running, key=lambda each: (each.num_output, -each.request.isl_tokens), reverse=True)
+            self._preempt(ranked[-1])
+            self.waiting.append(ranked[-1])
+        if has_retracted:
+            made = sum(each.num_output + 20 for each in self.running)
+            self.start_ratio = min(1.0, made / (sum(each.request.osl_tokens for each in self.running) + 1))
+            self.decode_steps_since = 0
+
+    def _num_tokens_to_admit(self, sequence: PlainSequence, _: int) -> int:
+        return sequence.num_tokens + min(sequence.request.osl_tokens - sequence.num_output, 4096)
+
+    def _num_reserved_blocks(self) -> int:
+        ratio = max(0.7 * 0.14, self.start_ratio - (0.7 - 0.7 * 0.14) / 600 * self.decode_steps_since)
+        left = sum(each.request.osl_tokens - each.num_output for each in self.running if each.is_decoding)
+        reserved = self._num_blocks(math.ceil(ratio * left))
+        for each in self.running:
+            if not each.is_decoding:
+                reserved += self._num_blocks(self._num_tokens_to_admit(each, 0)) - each.table.num_blocks
+        return reserved
+
+
+class PlainTrtllmScheduler(PlainScheduler):
+    """TensorRT-LLM's: vLLM's, but everyone who is admitted is promised all blocks."""
+
+    def _preempt(self, _: PlainSequence) -> None:
+        raise AssertionError("nobody is preempted")
+
+    def _num_tokens_to_admit(self, sequence: PlainSequence, _: int) -> int:
+        return sequence.request.isl_tokens + sequence.request.osl_tokens
+
+    def _num_reserved_blocks(self) -> int:
+        return sum(
+            self._num_blocks(each.request.isl_tokens + each.request.osl_tokens) - each.table.num_blocks
+            for each in self.running
+        )

@@ -22,7 +22,8 @@ class TokenCore(Core):
             self.token_s.setdefault(sequence.request.request_id, []).append(float(now_s))
 
     def end_step(self, step, now_s):
-        self.note(self.scheduler.decoding, now_s)
+        if step.schedule.has_decodes:
+            self.note(self.scheduler.decoding, now_s)
         progress = super().end_step(step, now_s)
         self.note(progress.prefilled, now_s)
         return progress
@@ -40,6 +41,7 @@ class Notes:
     def __init__(self):
         self.flights = []
         self.gaps = []
+        self.num_tokens = 0
         self.waiting_s = 0.0
 
     def finished(self, flight):
@@ -58,11 +60,11 @@ class Notes:
     def steps_done(self, stretch):
         for start_s, end_s in pairwise(stretch.edges_s.tolist()):
             self.gaps += [end_s - start_s] * stretch.num_decoding
-
+        self.num_tokens += stretch.num_decoding * (len(stretch.edges_s) - 1) + stretch.num_joining
         self.waiting_s += stretch.num_waiting * float(stretch.edges_s[-1] - stretch.edges_s[0])
 
-    def gap_done(self, gap_s):
-        self.gaps.append(gap_s)
+    def gap_done(self, gap_s, num_sequences):
+        self.gaps += [gap_s] * num_sequences
 
 
 class WaitObserver:

@@ -9,9 +9,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mock_engine.core import Core, Token
+from mock_engine.engine_settings import ENGINE_TYPES
 from mock_engine.kv_blocks import KvBlocks
 from mock_engine.request import Request
-from mock_engine.scheduler import Scheduler, SchedulerConfig, SequenceState, Status
+from mock_engine.scheduler_config import SchedulerConfig
+from mock_engine.sequence import SequenceState, Status
 from mock_engine.step import StepLoad
 from mock_engine.step_times import StepTimes
 from mock_engine.timing import StepJitter
@@ -91,11 +93,13 @@ def make_core(
     jitter: float = 0.0,
     timing: Callable[[StepLoad], float] = step_s,
     is_async: bool = False,
+    engine_type: str = "vllm",
 ) -> Core:
     """A small core; `num_blocks` must hold one sequence of MAX_MODEL_LEN."""
     config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, MAX_MODEL_LEN, enable_chunked_prefill)
     times = StepTimes(MadeUpTiming(timing), StepJitter(jitter, seed=1))
-    return Core(Scheduler(config, KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching)), times, is_async)
+    blocks = KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching)
+    return Core(ENGINE_TYPES[engine_type](config, blocks), times, is_async)
 
 
 def check_blocks(core: Core) -> None:

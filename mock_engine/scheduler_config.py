@@ -1,0 +1,34 @@
+"""The limits of a scheduler, whatever its policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mock_engine.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of the engine, spelled as vLLM spells them. Raises `ConfigError` when they do not go together."""
+
+    max_num_seqs: int  # sequences running at once
+    max_num_batched_tokens: int  # tokens computed in one step
+    max_model_len: int  # prompt plus output tokens of one sequence
+    enable_chunked_prefill: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
+                f"{self.max_num_seqs}: every running sequence needs one token a step. "
+                f"Raise the first or lower the second."
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"without chunked prefill --max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
+                f"--max-model-len ({self.max_model_len}). Raise the first, lower the second, or enable chunked prefill."
+            )
