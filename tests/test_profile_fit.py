@@ -371,6 +371,29 @@ def test_a_written_fit_is_the_fit(fitted, tmp_path):
     assert not profile.expected_error
 
 
+@pytest.mark.parametrize("name", [H100, STEPS, "h100-sxm/mixtral-8x7b/vllm-tp2-bf16"])
+def test_a_profile_as_a_document_is_the_profile(name, tmp_path):
+    profile = load_profile(name)
+    again = write_folder(tmp_path / "new", to_document(profile), profile.latency)
+    assert replace(again, latency={}) == replace(profile, latency={})
+
+
+def test_step_times_that_take_over_what_is_laid_out_already_are_the_same():
+    """Attention is taken over where its table is the same; where it is another, it is laid out anew."""
+    found = parameters(H100)
+    base = found.apply(found.start)
+    loads = [StepLoad((PrefillChunk(900, 300),), 7, 7 * 700), StepLoad((), 40, 40 * 3000), StepLoad((), 4, 4 * 500)]
+    for index in (3, 16, 21):  # of each curve one
+        values = found.start.copy()
+        values[index] += 0.2
+        profile = found.apply(values, like=base)
+        kept = [name for name, table in profile.latency.items() if table is base.latency[name]]
+        assert len(kept) == (2 if index == 3 else 3)
+        alone, like = TimingModel(profile), TimingModel(profile, like=TimingModel(base))
+        assert step_times(alone, loads).tolist() == step_times(like, loads).tolist()
+        assert step_times(alone, loads).tolist() != step_times(TimingModel(base), loads).tolist()
+
+
 # Starts
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -214,6 +217,30 @@ def test_without_a_start_the_nearest_is_taken_and_the_next_are_named(runs, tmp_p
     assert "Nearest profiles:\n  h100-sxm/llama-3.1-8b/vllm-tp1-bf16: off by" in printed
     assert "\n  a100-sxm/llama-3.1-8b/vllm-tp1-bf16: off by" in printed
     assert H100 in load_profile(tmp_path / "new").how_measured
+
+
+def test_the_commands_of_the_page_work_as_they_stand_there(tmp_path, monkeypatch, capsys):
+    """All of `fit`, and the simulation of its result; `record` needs a server, and is run in the e2e test."""
+    page = Path(__file__).parents[1].joinpath("docs", "calibrate.md").read_text(encoding="utf-8")
+    lines = [line.strip() for line in page.splitlines()]
+    commands = [line.removeprefix("mock-engine ") for line in lines if line.startswith("mock-engine ")]
+    fits = [shlex.split(command) for command in commands if command.startswith("profiles fit ")]
+    (simulate,) = [shlex.split(command) for command in commands if command.startswith("simulate --profile")]
+    assert len(fits) == 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    benchmark(tmp_path / "runs", H100, {1: 20, 4: 20})
+    for words in fits:
+        shutil.rmtree("my-profile", ignore_errors=True)
+        at = words.index("runs/*")
+        words[at : at + 1] = sorted(map(str, Path("runs").iterdir()))
+        assert main(words) == 0
+        assert not check_profile("my-profile")
+    assert load_profile("my-profile").gpu == "my-gpu"
+    assert json.loads(Path("fit.json").read_text(encoding="utf-8"))["profile"] == "my-gpu/llama-3.1-8b/vllm-tp1-bf16"
+    capsys.readouterr()
+    assert main([*simulate, "--request-count", "20"]) == 0
+    assert "TTFT" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
