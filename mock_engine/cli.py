@@ -5,7 +5,7 @@ The command line.
     mock-engine bench      serve, AIPerf against it, and a report
     mock-engine simulate   the same engine in virtual time
     mock-engine worker     one worker for a cluster that is already there
-    mock-engine profiles   list, show, check, import, measure
+    mock-engine profiles   list, show, check, import, measure, record, fit
 
 A mistake of the user's is one line on stderr and exit status 2; a part that
 dies is exit status 1; Ctrl-C before the work is done is 130.
@@ -29,6 +29,7 @@ from mock_engine.errors import MockEngineError, ProcessError
 from mock_engine.flags import OneLineParser, add_engine_flags, add_fleet_flags, add_load_flags, add_model_flags
 from mock_engine.fleet import FleetSettings
 from mock_engine.import_command import add_import_flags
+from mock_engine.profile_fit.flags import add_fit_flags, add_record_flags
 from mock_engine.profile_measure.settings import add_measure_flags
 from mock_engine.simulate_flags import add_simulate_flags
 
@@ -116,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("worker", help="one Dynamo worker for a cluster that is already there", add_help=False)
 
-    profiles = commands.add_parser("profiles", help="the measured GPUs: list, show, check, import, measure")
+    profiles = commands.add_parser(
+        "profiles", help="the measured GPUs: list, show, check, import, measure, record, fit"
+    )
     actions = profiles.add_subparsers(metavar="ACTION", required=True)
     list_ = actions.add_parser("list", help="the profiles that come with the package")
     show = actions.add_parser("show", help="all there is to know about one profile")
@@ -137,6 +140,21 @@ def _parser() -> argparse.ArgumentParser:
     import_ = actions.add_parser("import", help="make profiles out of measurements: NVIDIA's, Dynamo's, your own")
     add_import_flags(import_)
     import_.set_defaults(run=_profiles, action="import")
+    record = actions.add_parser(
+        "record",
+        help="benchmark your server with AIPerf, for 'fit'",
+        epilog="Flags after -- go to 'aiperf profile' as they are. See docs/calibrate.md.",
+    )
+    add_record_flags(record)
+    record.set_defaults(run=_profiles, action="record")
+    fit = actions.add_parser(
+        "fit",
+        help="make a profile of a server out of its benchmark",
+        epilog="For example: mock-engine profiles fit runs/* --out my-profile. See docs/calibrate.md.",
+    )
+    add_fit_flags(fit)
+    _add_json_flag(fit, "write all figures there")
+    fit.set_defaults(run=_profiles, action="fit")
     return parser
 
 
@@ -197,6 +215,15 @@ def _profiles(flags: argparse.Namespace) -> int:
         from mock_engine.profile_measure.command import measure_command
 
         return measure_command(flags, console)
+    if flags.action == "record":
+        from mock_engine.profile_fit.flags import RecordSettings
+        from mock_engine.profile_fit.record import record
+
+        return record(RecordSettings.from_flags(flags), console)
+    if flags.action == "fit":
+        from mock_engine.profile_fit.command import fit_command
+
+        return fit_command(flags, console)
     if flags.action == "list":
         return list_command(flags.json, console)
     if flags.action == "show":

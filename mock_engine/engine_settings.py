@@ -132,6 +132,14 @@ def build_engines(
     """The same for engines that differ in their seeds alone; the profile is read once for all of them."""
     profile = load_profile(settings.profile)
     timing = TimingModel(profile)
+    jitter_cv = profile.jitter_cv if settings.jitter is None else settings.jitter
+    return [
+        make_engine(settings, profile, StepTimes(timing, StepJitter(jitter_cv, seed), on_unmeasured)) for seed in seeds
+    ]
+
+
+def make_engine(settings: EngineSettings, profile: Profile, times: StepTimes) -> Engine:
+    """The engine of a profile that is at hand; `settings.profile` is not looked at. Raises `ProfileError`."""
     block_size = settings.block_size or profile.block_size
     num_blocks = settings.num_gpu_blocks_override or (
         profile.total_kv_blocks(settings.gpu_memory_utilization) * profile.block_size // block_size
@@ -143,15 +151,10 @@ def build_engines(
         max_model_len=settings.max_model_len or min(profile.max_model_len, num_blocks * block_size),
         enable_chunked_prefill=settings.enable_chunked_prefill,
     )
-    scheduler_type = ENGINE_TYPES.get(settings.engine_type or profile.engine, VllmScheduler)
-    jitter_cv = profile.jitter_cv if settings.jitter is None else settings.jitter
-    engines = []
     is_async = profile.async_scheduling if settings.async_scheduling is None else settings.async_scheduling
-    for seed in seeds:
-        scheduler = scheduler_type(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
-        times = StepTimes(timing, StepJitter(jitter_cv, seed), on_unmeasured)
-        engines.append(Engine(Core(scheduler, times, is_async), profile, config, block_size, num_blocks))
-    return engines
+    scheduler_type = ENGINE_TYPES.get(settings.engine_type or profile.engine, VllmScheduler)
+    scheduler = scheduler_type(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
+    return Engine(Core(scheduler, times, is_async), profile, config, block_size, num_blocks)
 
 
 def flag_of(name: str) -> str:

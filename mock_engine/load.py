@@ -59,11 +59,21 @@ class Load(LoadFlags):
         if self.goodput is not None:
             parse_slos(self.goodput)
 
-    def aiperf_command(self, model: str, url: str, artifact_folder: Path) -> list[str]:
-        """`aiperf profile ...`, to be run with `aiperf_environment`; results go to `artifact_folder`."""
+    def aiperf_command(
+        self,
+        model: str,
+        url: str,
+        artifact_folder: Path,
+        tokenizer: str = TOKENIZER_NAME,
+        endpoint_type: str = "chat",
+    ) -> list[str]:
+        """
+        `aiperf profile ...`; results go to `artifact_folder`. With our own tokenizer, it is to be run with
+        `aiperf_environment`.
+        """
         aiperf = Path(sys.executable).with_name("aiperf")
-        command = [str(aiperf), "profile", "--model", model, "--url", url, "--tokenizer", TOKENIZER_NAME]
-        command += ["--endpoint-type", "chat", "--streaming", "--artifact-dir", str(artifact_folder)]
+        command = [str(aiperf), "profile", "--model", model, "--url", url, "--tokenizer", tokenizer]
+        command += ["--endpoint-type", endpoint_type, "--streaming", "--artifact-dir", str(artifact_folder)]
         command += ["--ui", "simple" if sys.stderr.isatty() else "none", "--no-gpu-telemetry"]
         # Our engine ends at an eos token now and then, as a model does; a benchmark wants the lengths it asked for.
         command += ["--extra-inputs", "ignore_eos:true"]

@@ -272,6 +272,28 @@ def _read_profile(folder: Path) -> tuple[Profile | None, list[str]]:
     ), []
 
 
+def to_document(profile: Profile) -> dict[str, Any]:
+    """What `profile.toml` of this profile holds, as nested dictionaries; what is absent or as usual is left out."""
+    of_section: dict[str, Profile | ModelShape | GpuDatasheet] = {
+        "model_shape": profile.shape,
+        "gpu_datasheet": profile.datasheet,
+    }
+    document: dict[str, Any] = {}
+    for section, checks in _KEYS.items():
+        if section == "expected_error":
+            values = dict(profile.expected_error)
+        else:
+            holder = of_section.get(section, profile)
+            fields = holder.__dataclass_fields__
+            values = {
+                name: getattr(holder, name)
+                for name in (key.rstrip("?") for key in checks)
+                if f"{name}?" not in checks or getattr(holder, name) not in (None, fields[name].default)
+            }
+        document |= {section: values} if section else values
+    return {key: value for key, value in document.items() if value != {}}
+
+
 def _document_problems(path: Path, document: dict[str, Any]) -> list[str]:
     problems: list[str] = []
     unknown: list[str] = []

@@ -48,10 +48,14 @@ class TimingModel:
     A load has at least one sequence, and `context_tokens` is at least `decode_batch_size`.
     """
 
-    def __init__(self, profile: Profile) -> None:
-        self._parts: _KernelTables | _StepTables = (
-            _KernelTables(profile) if profile.tables == "kernels" else _StepTables(profile)
-        )
+    def __init__(self, profile: Profile, like: TimingModel | None = None) -> None:
+        """`like` is of a profile that differs little: what is laid out of the very same tables is taken from it."""
+        self._parts: _KernelTables | _StepTables
+        if profile.tables == "kernels":
+            known = like._parts if like is not None and isinstance(like._parts, _KernelTables) else None
+            self._parts = _KernelTables(profile, known)
+        else:
+            self._parts = _StepTables(profile)
 
     def step_s(self, load: StepLoad) -> float:
         """
@@ -117,17 +121,25 @@ class StepJitter:
 class _KernelTables:
     """Parts of a pass, measured one by one: they add up, and the engine's own time comes on top."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, like: _KernelTables | None = None) -> None:
         roofline, latency = profile.roofline, profile.latency
         self._profile = profile
+        known = like if like is not None and like._profile.roofline == roofline else None
+
+        def laid_out(name: str, roofline_s: Callable[[FloatArray, FloatArray], FloatArray]) -> MonotoneSurface:
+            if known is not None and known._profile.latency.get(name) is latency[name]:
+                return known._surfaces[name]
+            return surface(latency[name], roofline_s)
+
         self._linear = curve(latency["linear"], roofline.linear_s)
         self._head = curve(latency["head"], roofline.head_s)
         self._communication = (
             curve(latency["communication"], roofline.communication_s) if "communication" in latency else None
         )
-        self._prefill_attention = surface(latency["prefill_attention"], roofline.prefill_attention_s)
+        self._prefill_attention = laid_out("prefill_attention", roofline.prefill_attention_s)
         self._prefill_attention_floor_s = self._prefill_attention(1, 0)
-        self._decode_attention = surface(latency["decode_attention"], roofline.decode_attention_s)
+        self._decode_attention = laid_out("decode_attention", roofline.decode_attention_s)
+        self._surfaces = {"prefill_attention": self._prefill_attention, "decode_attention": self._decode_attention}
         self._min_context_tokens = float(latency["decode_attention"].axis_values(1)[0])
 
     def step_s(self, load: StepLoad) -> float:

@@ -139,12 +139,12 @@ def _read_mooncake(path: Path, block_size: int) -> Iterator[_Row]:
     after lies elsewhere among the blocks than in the file and follows answers of its own, so it is shared with nobody.
     """
     last_session = None
-    for line, row in _read_objects(path):
+    for line, row in read_objects(path):
         for name in ("text_input", "messages", "payload"):
             if row.get(name) is not None:
                 raise _error(path, line, f"{name} is a prompt in words; of this type only input_length is read")
-        isl_tokens = _tokens(path, line, "input_length", row.get("input_length"))
-        osl_tokens = _tokens(path, line, "output_length", row.get("output_length"))
+        isl_tokens = token_count(path, line, "input_length", row.get("input_length"))
+        osl_tokens = token_count(path, line, "output_length", row.get("output_length"))
         session_id = row.get("session_id")
         if session_id is not None and not isinstance(session_id, str):
             raise _error(path, line, f"session_id is {reprlib.repr(session_id)}; it must be a string")
@@ -194,17 +194,17 @@ def _expand(path: Path, line: int, hash_ids: object, isl_tokens: int, block_size
 def _read_profile_export(path: Path, _block_size: int) -> Iterator[_Row]:
     """Requests that failed have no lengths, and are left out."""
     lines, starts_ns, isls, osls = array("q"), array("q"), array("i"), array("i")
-    for line, record in _read_objects(path):
+    for line, record in read_objects(path):
         if record.get("error") is not None:
             continue
-        metadata = _object(path, line, "metadata", record.get("metadata"))
-        metrics = _object(path, line, "metrics", record.get("metrics"))
+        metadata = json_object(path, line, "metadata", record.get("metadata"))
+        metrics = json_object(path, line, "metrics", record.get("metrics"))
         start_ns = metadata.get("request_start_ns")
         if type(start_ns) is not int or not 0 <= start_ns < 2**63:
-            raise _wrong(path, line, "metadata.request_start_ns", start_ns, "a whole number of nanoseconds")
+            raise wrong_value(path, line, "metadata.request_start_ns", start_ns, "a whole number of nanoseconds")
         for column, name in ((isls, "input_sequence_length"), (osls, "output_sequence_length")):
-            metric = _object(path, line, f"metrics.{name}", metrics.get(name))
-            column.append(_tokens(path, line, f"metrics.{name}.value", metric.get("value")))
+            metric = json_object(path, line, f"metrics.{name}", metrics.get(name))
+            column.append(token_count(path, line, f"metrics.{name}.value", metric.get("value")))
         lines.append(line)
         starts_ns.append(start_ns)
     if not lines:
@@ -223,18 +223,18 @@ def _read_inputs_json(path: Path, block_size: int) -> Iterator[_Row]:
     tokenizer = Tokenizer.from_file(str(DEFAULT_TOKENIZER / "tokenizer.json"))
     last_session = None
     for line, entry in _read_array(path):
-        session = _object(path, line, "this entry of data", entry)
+        session = json_object(path, line, "this entry of data", entry)
         session_id, payloads = session.get("session_id"), session.get("payloads")
         if not isinstance(session_id, str):
-            raise _wrong(path, line, "session_id", session_id, "a string")
+            raise wrong_value(path, line, "session_id", session_id, "a string")
         if session_id == last_session:
             raise _error(path, line, f"session {session_id!r} is there twice; give each a session_id of its own")
         last_session = session_id
         if not isinstance(payloads, list) or not payloads:
-            raise _wrong(path, line, "payloads", payloads, "a list of at least one payload")
+            raise wrong_value(path, line, "payloads", payloads, "a list of at least one payload")
         for number, payload in enumerate(payloads):
             where = f"payloads[{number}] of session {session_id!r}"
-            payload = _object(path, line, where, payload)
+            payload = json_object(path, line, where, payload)
             token_ids: list[int] = []
             for text in _prompt_texts(path, line, where, payload):
                 token_ids += tokenizer.encode(text, add_special_tokens=False).ids
@@ -242,8 +242,8 @@ def _read_inputs_json(path: Path, block_size: int) -> Iterator[_Row]:
             yield _Row(
                 line,
                 None,
-                _tokens(path, line, f"the prompt's length in {where}", len(token_ids)),
-                _tokens(path, line, f"{name} in {where}", payload.get(name)),
+                token_count(path, line, f"the prompt's length in {where}", len(token_ids)),
+                token_count(path, line, f"{name} in {where}", payload.get(name)),
                 block_hashes=hash_blocks(token_ids, block_size),
                 session_id=session_id,
                 is_whole_prompt=True,
@@ -257,11 +257,11 @@ def _prompt_texts(path: Path, line: int, where: str, payload: Mapping[str, Any])
         contents = [("prompt", payload.get("prompt"))]
     elif isinstance(messages, list):
         contents = [
-            (f"messages[{i}].content", _object(path, line, f"messages[{i}] in {where}", message).get("content"))
+            (f"messages[{i}].content", json_object(path, line, f"messages[{i}] in {where}", message).get("content"))
             for i, message in enumerate(messages)
         ]
     else:
-        raise _wrong(path, line, f"messages in {where}", messages, "a list")
+        raise wrong_value(path, line, f"messages in {where}", messages, "a list")
     for name, content in contents:
         if isinstance(content, str):
             yield content
@@ -269,10 +269,10 @@ def _prompt_texts(path: Path, line: int, where: str, payload: Mapping[str, Any])
             for part in content:
                 text = part.get("text") if isinstance(part, dict) else part
                 if not isinstance(text, str):
-                    raise _wrong(path, line, f"a part of {name} in {where}", part, "text")
+                    raise wrong_value(path, line, f"a part of {name} in {where}", part, "text")
                 yield text
         else:
-            raise _wrong(path, line, f"{name} in {where}", content, "text")
+            raise wrong_value(path, line, f"{name} in {where}", content, "text")
 
 
 def _read_azure(path: Path, _block_size: int) -> Iterator[_Row]:
@@ -282,11 +282,13 @@ def _read_azure(path: Path, _block_size: int) -> Iterator[_Row]:
         try:
             time = datetime.fromisoformat(time_text)
         except ValueError as error:
-            raise _wrong(path, line, _AZURE_COLUMNS[0], time_text, "such as 2023-11-16 18:17:03.9799600") from error
+            raise wrong_value(
+                path, line, _AZURE_COLUMNS[0], time_text, "such as 2023-11-16 18:17:03.9799600"
+            ) from error
         time = time if time.tzinfo else time.replace(tzinfo=UTC)
         first = first or time
-        isl_tokens = _tokens(path, line, _AZURE_COLUMNS[1], _digits(isl_text))
-        osl_tokens = _tokens(path, line, _AZURE_COLUMNS[2], _digits(osl_text))
+        isl_tokens = token_count(path, line, _AZURE_COLUMNS[1], _digits(isl_text))
+        osl_tokens = token_count(path, line, _AZURE_COLUMNS[2], _digits(osl_text))
         yield _Row(line, (time - first).total_seconds(), isl_tokens, osl_tokens, time_text)
 
 
@@ -295,9 +297,9 @@ def _read_csv(path: Path, _block_size: int) -> Iterator[_Row]:
         try:
             arrival_s = _time(path, line, _CSV_COLUMNS[0], float(time_text))
         except ValueError as error:
-            raise _wrong(path, line, _CSV_COLUMNS[0], time_text, "a number of seconds") from error
-        isl_tokens = _tokens(path, line, _CSV_COLUMNS[1], _digits(isl_text))
-        osl_tokens = _tokens(path, line, _CSV_COLUMNS[2], _digits(osl_text))
+            raise wrong_value(path, line, _CSV_COLUMNS[0], time_text, "a number of seconds") from error
+        isl_tokens = token_count(path, line, _CSV_COLUMNS[1], _digits(isl_text))
+        osl_tokens = token_count(path, line, _CSV_COLUMNS[2], _digits(osl_text))
         yield _Row(line, arrival_s, isl_tokens, osl_tokens, time_text)
 
 
@@ -328,14 +330,14 @@ def _read_columns(path: Path, names: Sequence[str]) -> Iterator[tuple[int, list[
         yield line, [values[place].strip() for place in places]
 
 
-def _read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON objects of a file with one on each line."""
     for line, text in _read_lines(path):
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise _error(path, line, f"{_explain(error)}; each line must be one JSON object") from error
-        yield line, _object(path, line, "this line", value)
+        yield line, json_object(path, line, "this line", value)
 
 
 def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
@@ -417,25 +419,25 @@ def _digits(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else text
 
 
-def _tokens(path: Path, line: int, name: str, value: object) -> int:
+def token_count(path: Path, line: int, name: str, value: object) -> int:
     if type(value) is not int or not 1 <= value <= _MAX_TOKENS:
-        raise _wrong(path, line, name, value, f"a whole number from 1 to {_MAX_TOKENS}")
+        raise wrong_value(path, line, name, value, f"a whole number from 1 to {_MAX_TOKENS}")
     return value
 
 
 def _time(path: Path, line: int, name: str, value: object) -> int | float:
     if type(value) not in (int, float) or not 0 <= cast(float, value) <= _MAX_TIME:
-        raise _wrong(path, line, name, value, "a number from 0 up")
+        raise wrong_value(path, line, name, value, "a number from 0 up")
     return cast(float, value)
 
 
-def _object(path: Path, line: int, name: str, value: object) -> dict[str, Any]:
+def json_object(path: Path, line: int, name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _wrong(path, line, name, value, "a JSON object")
+        raise wrong_value(path, line, name, value, "a JSON object")
     return value
 
 
-def _wrong(path: Path, line: int, name: str, value: object, allowed: str) -> ConfigError:
+def wrong_value(path: Path, line: int, name: str, value: object, allowed: str) -> ConfigError:
     found = f"{name} is missing" if value is None else f"{name} is {reprlib.repr(value)}"
     return _error(path, line, f"{found}; it must be {allowed}")
 

@@ -28,7 +28,7 @@ from types import FrameType
 
 import psutil  # type: ignore[import-untyped]
 
-from mock_engine.bench import stop_aiperf
+from mock_engine.aiperf_process import stop_aiperf
 from mock_engine.bench_results import AIPERF_EXPORT, AIPERF_RECORDS, find_commit
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings
 from mock_engine.errors import MockEngineError
