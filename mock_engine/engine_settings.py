@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 from mock_engine.core import Core
 from mock_engine.errors import ConfigError
 from mock_engine.kv_blocks import KvBlocks
-from mock_engine.profile import Profile, load_profile
+from mock_engine.profile import Profile, find_folder, load_profile
 from mock_engine.scheduler import Scheduler
 from mock_engine.scheduler_config import SchedulerConfig
 from mock_engine.sglang_scheduler import SglangScheduler
@@ -130,12 +131,20 @@ def build_engines(
     settings: EngineSettings, seeds: Iterable[int], on_unmeasured: Callable[[StepLoad], None] = lambda _: None
 ) -> list[Engine]:
     """The same for engines that differ in their seeds alone; the profile is read once for all of them."""
-    profile = load_profile(settings.profile)
-    timing = TimingModel(profile)
+    folder = find_folder(settings.profile)
+    files = [(path.name, path.stat()) for path in folder.iterdir()]
+    profile, timing = _load(folder, tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)))
     jitter_cv = profile.jitter_cv if settings.jitter is None else settings.jitter
     return [
         make_engine(settings, profile, StepTimes(timing, StepJitter(jitter_cv, seed), on_unmeasured)) for seed in seeds
     ]
+
+
+@lru_cache(maxsize=16)
+def _load(folder: Path, _stamps: tuple[tuple[str, int, int], ...]) -> tuple[Profile, TimingModel]:
+    """A profile and its step times, kept: many simulations of one profile take them to be the same as its files are."""
+    profile = load_profile(folder)
+    return profile, TimingModel(profile)
 
 
 def make_engine(settings: EngineSettings, profile: Profile, times: StepTimes) -> Engine:

@@ -159,7 +159,7 @@ def list_profiles() -> list[str]:
 
 def load_profile(name_or_path: str | Path) -> Profile:
     """The profile of that name, or in that folder. Raises `ProfileError` if there is none or it is corrupt."""
-    profile, problems = _read_profile(_find_folder(name_or_path))
+    profile, problems = _read_profile(find_folder(name_or_path))
     if profile is None:
         more = len(problems) - 1
         raise ProfileError(problems[0] + (f" (and {more} more: mock-engine profiles check)" if more else ""))
@@ -169,13 +169,14 @@ def load_profile(name_or_path: str | Path) -> Profile:
 def check_profile(path: str | Path) -> list[str]:
     """All problems of a profile (a name or a folder), one line each; none when it is fine."""
     try:
-        folder = _find_folder(path)
+        folder = find_folder(path)
     except ProfileError as error:
         return [str(error)]
     return _read_profile(folder)[1]
 
 
-def _find_folder(name_or_path: str | Path) -> Path:
+def find_folder(name_or_path: str | Path) -> Path:
+    """The folder of the profile of that name, or that folder. Raises `ProfileError` if it holds none."""
     folder = Path(name_or_path)
     shipped = PROFILES_DIR / folder
     if len(folder.parts) == 3 and (shipped / "profile.toml").is_file():

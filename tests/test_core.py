@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mock_engine.engine_settings import ENGINE_TYPES
+from mock_engine.engine_settings import DEFAULT_PROFILE, ENGINE_TYPES, EngineSettings, build_engine
 from mock_engine.errors import ConfigError, RequestError
+from mock_engine.profile import PROFILES_DIR
 from mock_engine.request import Request, hash_blocks
 from mock_engine.scheduler_config import SchedulerConfig
 from mock_engine.sequence import Status
+from mock_engine.step import StepLoad
 from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, make_core, run, step_s, workloads
 
 core_options = st.fixed_dictionaries(
@@ -209,3 +214,16 @@ def test_the_made_up_step_time_is_what_the_core_reports():
     core.enqueue(core.prepare(Request("r", 7, 1)))
     step = core.begin_step()
     assert step.seconds == step_s(step.schedule.load)
+
+
+def test_an_engine_is_what_its_profile_s_files_say_now(tmp_path):
+    """They are kept from one simulation to the next, and read again once they have changed."""
+    folder = tmp_path / "profile"
+    shutil.copytree(PROFILES_DIR / DEFAULT_PROFILE, folder)
+    chosen = EngineSettings(profile=str(folder), jitter=0.0)
+    load = StepLoad((), 1, 100)
+    before_s = build_engine(chosen).core._times.step_s(load)
+    assert build_engine(chosen).core._times.step_s(load) == before_s
+    text = (folder / "profile.toml").read_text()
+    (folder / "profile.toml").write_text(re.sub("overhead_step_s = .*", "overhead_step_s = 0.5", text))
+    assert 0.49 < build_engine(chosen).core._times.step_s(load) - before_s < 0.5

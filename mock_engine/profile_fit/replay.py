@@ -216,7 +216,7 @@ class _Replaying:
     def steps_done(self, stretch: Stretch) -> None:
         self._edges_s.append((float(stretch.edges_s[0]), float(stretch.edges_s[-1])))
 
-    def gap_done(self, gap_s: float) -> None:
+    def gap_done(self, gap_s: float, num_sequences: int) -> None:
         """Single gaps are of no interest here."""
 
 

@@ -19,7 +19,7 @@ import csv
 import gzip
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -75,8 +75,16 @@ class Fit(NamedTuple):
     jitter_cv: float
 
 
-def read_experiments(path: Path) -> list[Experiment]:
-    """Steps by experiment, each with the time that its kernels take. Raises `ProfileError`."""
+def kernels_of(name: str) -> TimingModel | None:
+    """Step times of a shipped profile without the engine's overhead."""
+    return TimingModel(replace(load_profile(name), overhead_step_s=0.0, overhead_per_seq_s=0.0))
+
+
+def read_experiments(path: Path, timing_of: Callable[[str], TimingModel | None] = kernels_of) -> list[Experiment]:
+    """
+    Steps by experiment, each with the time that its kernels take, or what else `timing_of` a profile's name says; those
+    of which it says nothing are left out. Raises `ProfileError`.
+    """
     rows: dict[tuple[str, str], list[tuple[int, int, int, int, float]]] = defaultdict(list)
     try:
         with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
@@ -94,11 +102,17 @@ def read_experiments(path: Path) -> list[Experiment]:
                 )
     except (OSError, KeyError, ValueError) as error:
         raise ProfileError(f"{path} is not a table of steps: {error!r}. See {__name__} for its columns.") from None
-    return [_experiment(name, load_profile(profile), steps) for (name, profile), steps in rows.items()]
+    experiments = []
+    for (name, profile), steps in rows.items():
+        timing = timing_of(profile)
+        if timing is not None:
+            experiments.append(_experiment(name, load_profile(profile), timing, steps))
+    return experiments
 
 
-def _experiment(name: str, profile: Profile, steps: list[tuple[int, int, int, int, float]]) -> Experiment:
-    timing = TimingModel(replace(profile, overhead_step_s=0.0, overhead_per_seq_s=0.0))
+def _experiment(
+    name: str, profile: Profile, timing: TimingModel, steps: list[tuple[int, int, int, int, float]]
+) -> Experiment:
     workload = name.rsplit("-", 1)[1]
     each, prompt = MEAN_CONTEXT_TOKENS[workload], MEAN_PROMPT_TOKENS[workload]
     kernels_s = []
