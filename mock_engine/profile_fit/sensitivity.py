@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mock_engine.profile_fit.parameters import Parameters
+from mock_engine.profile_fit.parameters import CURVES, DECODE_ATTENTION, MATRICES, Curve, Parameters
 from mock_engine.profile_fit.replay import Replay
 from mock_engine.step import StepLoad
 from mock_engine.timing import TimingModel
@@ -32,22 +32,41 @@ def step_slopes(parameters: Parameters, values: FloatArray, loads: Sequence[Step
     """Slope of the seconds of a pass of each load, shape (loads, values)."""
     base = parameters.apply(values)
     timing = TimingModel(base)
-    slopes = np.zeros((len(loads), len(values)))
-    for index, value in enumerate(values):
-        is_overhead = index >= parameters.num_corrections
-        if is_overhead and not parameters.overheads[index - parameters.num_corrections].is_in_steps:
-            continue
-        step = _OVERHEAD_STEP * parameters.prior_sd[index] if is_overhead else _CORRECTION_STEP
-        sides = max(value - step, parameters.at_least[index]), value + step
-        moved = (parameters.apply(_with(values, index, side), like=base) for side in sides)
+
+    def slope(which: NDArray[np.int64], step: float) -> FloatArray:
+        """Of the seconds, when these values move together."""
+        lowest = np.maximum(values[which] - step, parameters.at_least[which])
+        moved = (parameters.apply(_with(values, which, side), like=base) for side in (lowest, values[which] + step))
         low_s, high_s = (step_times(TimingModel(each, like=timing), loads) for each in moved)
-        slopes[:, index] = (high_s - low_s) / (sides[1] - sides[0])
+        return np.asarray((high_s - low_s) / (values[which] + step - lowest)[0])
+
+    slopes = np.zeros((len(loads), len(values)))
+    at = 0
+    for curve in CURVES:
+        own = np.arange(at, at + len(curve.knots))
+        at += len(own)
+        if curve is MATRICES or parameters.profile.tables == "steps":
+            for each in own:
+                slopes[:, each] = slope(np.array([each]), _CORRECTION_STEP)
+        else:
+            # Laying attention out is slow, and a load sees it at one place: the share of each knot there is known.
+            slopes[:, own] = curve.shares(_places(curve, loads)) * slope(own, _CORRECTION_STEP)[:, np.newaxis]
+    for index, overhead in enumerate(parameters.overheads, at):
+        if overhead.is_in_steps:
+            slopes[:, index] = slope(np.array([index]), _OVERHEAD_STEP * overhead.sd)
     return slopes
 
 
-def _with(values: FloatArray, index: int, value: float) -> FloatArray:
+def _places(curve: Curve, loads: Sequence[StepLoad]) -> FloatArray:
+    """Where on the axis of an attention curve a pass of each load is; of several prompts, where the longest is."""
+    if curve is DECODE_ATTENTION:
+        return np.array([float(load.context_tokens) for load in loads])
+    return np.array([float(max((sum(chunk) for chunk in load.prefill_chunks), default=1)) for load in loads])
+
+
+def _with(values: FloatArray, which: NDArray[np.int64], new: FloatArray) -> FloatArray:
     changed = values.copy()
-    changed[index] = value
+    changed[which] = new
     return changed
 
 
