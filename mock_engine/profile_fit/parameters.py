@@ -31,6 +31,7 @@ _KV_KNOTS: FloatArray = np.exp2(np.arange(6.0, 24.0, 3.0))  # KV tokens that dec
 _PROMPT_KNOTS: FloatArray = np.exp2(np.arange(5.0, 18.0, 3.0))  # prompt tokens so far that prefill attention sees
 _BATCH_SIZES: FloatArray = np.exp2(np.arange(10.0))
 _CONTEXTS: FloatArray = np.exp2(np.arange(5.0, 18.0, 2.0))
+_BATCH_SIZE_RATIO, _CONTEXT_RATIO = 1.4, 1.8  # finer makes laying out slow
 _COMMON_SD = 0.7  # a GPU, or a number of GPUs, twice as fast
 _MATRIX_SD, _ATTENTION_SD = 0.3, 0.3
 _LENGTH_OCTAVES = 2.5
@@ -173,20 +174,29 @@ def parameters_of(profile: Profile) -> Parameters:
 
 def _refined(profile: Profile, timing: TimingModel) -> dict[str, LatencyTable]:
     """
-    Whole passes at more points, as the start profile has them: between points that are an octave apart or
-    more, where passes are rarely measured, a correction needs something to act on.
+    Whole passes laid out evenly, as the start profile has them: between measured points that are octaves
+    apart, a correction needs something to act on.
     """
     prefill, decode = profile.latency["prefill"], profile.latency["decode"]
     tokens = np.union1d(prefill.points[:, 0], _TOKEN_KNOTS)
     prefill_s = [timing.step_s(StepLoad((PrefillChunk(int(n), 0),), 0, 0)) for n in tokens]
-    batch_sizes = np.union1d(decode.axis_values(0), _BATCH_SIZES)
-    contexts = np.union1d(decode.axis_values(1), _CONTEXTS)
+    batch_sizes = _spread(np.union1d(decode.axis_values(0), _BATCH_SIZES), _BATCH_SIZE_RATIO)
+    contexts = _spread(np.union1d(decode.axis_values(1), _CONTEXTS), _CONTEXT_RATIO)
     points = np.array([(size, context) for size in batch_sizes for context in contexts])
     decode_s = [timing.step_s(StepLoad((), int(size), int(size * context))) for size, context in points]
     return {
         "prefill": make_table(prefill.name, prefill.columns, tokens[:, np.newaxis], np.array(prefill_s)),
         "decode": make_table(decode.name, decode.columns, points, np.array(decode_s)),
     }
+
+
+def _spread(values: FloatArray, ratio: float) -> FloatArray:
+    """Of ascending values those that are by this ratio above the one before."""
+    kept = [float(values[0])]
+    for value in values[1:].tolist():
+        if value >= ratio * kept[-1]:
+            kept.append(value)
+    return np.array(kept)
 
 
 def _smooth(octaves: FloatArray) -> FloatArray:
