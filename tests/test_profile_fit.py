@@ -188,7 +188,9 @@ def test_whole_passes_that_are_laid_out_evenly_are_nearly_the_same(name):
     latency = load_profile(name).latency
     measured = [StepLoad((PrefillChunk(int(tokens), 0),), 0, 0) for tokens in latency["prefill"].points[:, 0]]
     measured += [StepLoad((), int(size), int(size * context)) for size, context in latency["decode"].points]
-    np.testing.assert_allclose(step_times(same, measured), step_times(start, measured), rtol=0.03)
+    errors = np.abs(step_times(same, measured) / step_times(start, measured) - 1)
+    assert np.percentile(errors, 90) < 0.015
+    assert errors.max() < 0.12
     rng = np.random.default_rng(0)
     sizes, contexts, tokens = 2 ** rng.uniform([0, 0, 0], [7, 13, 12], (2000, 3)).T
     between = [
