@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import ConfigError
 from mock_engine.profile import load_profile, to_document
 from mock_engine.profile_fit import ObservedRequest, ObservedRun, fit_profile, make_run, read_run, replay, run_of_means
@@ -138,6 +139,16 @@ def test_time_before_the_queue_is_part_of_ttft_and_cached_tokens_are_not_compute
     cached = replay(profile, ObservedRun("run", (request(isl=4000, cached=3900),), 1))
     assert cached.steps.loads[0].prefill_chunks == (PrefillChunk(100, 3900),)
     assert cached.ttft_s[0] < before_s / 2
+
+
+def test_a_run_is_replayed_with_the_flags_that_the_server_had_in_it():
+    """One sequence at a time: the second of two equal requests waits for the whole first."""
+    facts = {"isl_tokens": 500, "osl_tokens": 100, "concurrency": 2, "num_requests": 2, "ttft_s": 0.1, "itl_s": 0.01}
+    profile = load_profile(H100)
+    usual = replay(profile, run_of_means("both", **facts))
+    single = replay(profile, run_of_means("one", **facts, engine=EngineSettings(max_num_seqs=1)))
+    assert usual.ttft_s[1] == usual.ttft_s[0]
+    assert single.ttft_s[1] == pytest.approx(single.last_token_s[0] + single.ttft_s[0], rel=1e-9)
 
 
 def test_the_steps_of_a_replay_are_those_that_its_time_went_into():

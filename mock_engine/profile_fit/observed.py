@@ -10,8 +10,9 @@ Files become runs in `readers`; `replay` sends the same requests to a model of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import ConfigError
 
 
@@ -42,7 +43,8 @@ class ObservedRun:
     Requests that were sent to one server in one go, in the order in which they were sent.
 
     Either all have a `start_s` or none; without, `concurrency` says how many were under way. If `has_only_means`,
-    the times are the run's means, the same in each request.
+    the times are the run's means, the same in each request. `engine` is what is known of the server's flags in
+    this run, where they are not the profile's defaults.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ObservedRun:
     concurrency: int
     num_left_out: int = 0  # rows of failed, cancelled and warm-up requests
     has_only_means: bool = False
+    engine: EngineSettings = field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
         if not self.requests:
@@ -73,10 +76,13 @@ def run_of_means(
     num_requests: int,
     ttft_s: float,
     itl_s: float | None,
+    engine: EngineSettings | None = None,
 ) -> ObservedRun:
     """Equal requests of which only the mean times are known; `concurrency` were under way, if there were so many."""
     request = ObservedRequest(isl_tokens, osl_tokens, ttft_s, itl_s)
-    return ObservedRun(name, (request,) * num_requests, min(concurrency, num_requests), has_only_means=True)
+    return ObservedRun(
+        name, (request,) * num_requests, min(concurrency, num_requests), 0, True, engine or EngineSettings()
+    )
 
 
 def _most_under_way(requests: Sequence[ObservedRequest]) -> int:

@@ -15,14 +15,14 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mock_engine.drive_virtual import Flight, Stretch, VirtualClock, VirtualDrive
-from mock_engine.engine_settings import EngineSettings, make_engine
+from mock_engine.engine_settings import make_engine
 from mock_engine.errors import ConfigError, RequestError
 from mock_engine.profile import Profile
 from mock_engine.profile_fit.observed import SAME_MOMENT_S, ObservedRun
@@ -152,7 +152,7 @@ class _Replaying:
         self._plan = plan
         self._times = _RecordedTimes(timing)
         self._profile = profile
-        engine = make_engine(EngineSettings(enable_prefix_caching=False), profile, self._times)
+        engine = make_engine(replace(run.engine, enable_prefix_caching=False), profile, self._times)
         self._clock = VirtualClock()
         self._drive = VirtualDrive(self._clock, engine.core, self)
         self._max_model_len = engine.scheduler.max_model_len
