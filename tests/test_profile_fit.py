@@ -141,6 +141,25 @@ def test_time_before_the_queue_is_part_of_ttft_and_cached_tokens_are_not_compute
     assert cached.ttft_s[0] < before_s / 2
 
 
+def test_only_the_overhead_is_fitted_where_that_is_asked_for():
+    """A server slower by a constant is found from its lowest load alone, and every table stays as it was."""
+    start = load_profile(H100)
+    hidden = replace(start, overhead_step_s=start.overhead_step_s + 2e-3, overhead_request_s=6e-3)
+    facts = {"isl_tokens": 500, "osl_tokens": 100, "concurrency": 1, "num_requests": 8}
+    seen = replay(hidden, run_of_means("one", **facts, ttft_s=0.1, itl_s=0.01))
+    run = run_of_means("one", **facts, ttft_s=float(seen.ttft_s.mean()), itl_s=float(seen.itl_s.mean()))
+    fit = fit_profile(start, [run], async_scheduling=True, only_overhead=True)
+    for name, table in fit.profile.latency.items():
+        assert np.array_equal(table.seconds, start.latency[name].seconds)
+    assert fit.profile.overhead_step_s == pytest.approx(hidden.overhead_step_s, rel=0.05)
+    assert fit.profile.overhead_request_s == pytest.approx(6e-3, rel=0.15)
+    corrections = fit.sd[: fit.parameters.num_corrections]
+    assert np.all(corrections == 0), "what is held is not said to be unsure"
+    large = StepLoad((), 64, 64 * 1000)
+    expected = TimingModel(hidden).step_s(large)
+    assert TimingModel(fit.profile).step_s(large) == pytest.approx(expected, rel=0.01)
+
+
 def test_a_run_is_replayed_with_the_flags_that_the_server_had_in_it():
     """One sequence at a time: the second of two equal requests waits for the whole first."""
     facts = {"isl_tokens": 500, "osl_tokens": 100, "concurrency": 2, "num_requests": 2, "ttft_s": 0.1, "itl_s": 0.01}

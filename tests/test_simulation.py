@@ -255,7 +255,7 @@ def test_memory_does_not_grow_with_the_number_of_requests(monkeypatch):
             tracemalloc.stop()
 
     peak_bytes(20_000)  # whatever is made once, for whatever batch
-    assert peak_bytes(20_000) - peak_bytes(5_000) < 15_000
+    assert peak_bytes(35_000) - peak_bytes(20_000) < 15_000  # fewer do not fill what is set aside for the state log
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def fit_command(flags: argparse.Namespace, console: Console) -> int:
             start,
             runs,
             async_scheduling=settings.async_scheduling,
+            only_overhead=settings.only_overhead,
             on_round=lambda number, error: say(f"round {number}, residuals {error:.1%}"),
         )
     command = _build_command(settings, start_name)
@@ -132,6 +133,8 @@ def _build_command(settings: FitSettings, start_name: str) -> str:
         ("--num-gpu-blocks-override", settings.server.num_gpu_blocks_override),
     ):
         words += [] if value is None else [name, str(value)]
+    if settings.only_overhead:
+        words.append("--only-overhead")
     if settings.async_scheduling is not None:
         words.append("--async-scheduling" if settings.async_scheduling else "--no-async-scheduling")
     return shlex.join([*words, "--out", "DIR"])

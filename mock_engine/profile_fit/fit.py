@@ -115,8 +115,11 @@ class _State:
 class _Problem:
     """What does not change from round to round."""
 
-    def __init__(self, start: Profile, runs: Sequence[ObservedRun], max_requests: int) -> None:
+    def __init__(self, start: Profile, runs: Sequence[ObservedRun], max_requests: int, only_overhead: bool) -> None:
         self.parameters = parameters_of(start)
+        self.is_free = np.ones(self.parameters.prior.shape[1], dtype=np.bool_)  # of the latents
+        if only_overhead:
+            self.is_free[: self.parameters.num_corrections + 1] = False
         self.runs = runs
         self.plans: list[Plan] = [plan_replay(run, max_requests) for run in runs]
         self.groups: list[list[Group]] = [
@@ -143,24 +146,26 @@ def fit_profile(
     runs: Sequence[ObservedRun],
     *,
     async_scheduling: bool | None = None,
+    only_overhead: bool = False,
     max_requests: int = MAX_REQUESTS,
     on_round: Callable[[int, float], None] = lambda _round, _error: None,
 ) -> Fit:
     """
     Fit `start` to the runs; of each, the first `max_requests` are replayed. Raises `ConfigError` if one cannot be.
 
-    Whether the server schedules asynchronously is tried both ways, unless `async_scheduling` says it.
+    Whether the server schedules asynchronously is tried both ways, unless `async_scheduling` says it. With
+    `only_overhead`, the tables stay as they are: for an engine that is slower than the start's by a constant.
     `on_round` is called with the number of a round and the root mean square of the residuals before it.
     """
     ways = (start.async_scheduling, not start.async_scheduling) if async_scheduling is None else (async_scheduling,)
-    fits = [_fit(replace(start, async_scheduling=way), runs, max_requests, on_round) for way in ways]
+    starts = [replace(start, async_scheduling=way) for way in ways]
+    fits = [_fit(_Problem(each, runs, max_requests, only_overhead), on_round) for each in starts]
     best = min(fits, key=lambda fit: fit.badness)
     others = [fit.badness for fit in fits if fit is not best]
     return replace(best, other_badness=others[0] if others else None)
 
 
-def _fit(start: Profile, runs: Sequence[ObservedRun], max_requests: int, on_round: Callable[[int, float], None]) -> Fit:
-    problem = _Problem(start, runs, max_requests)
+def _fit(problem: _Problem, on_round: Callable[[int, float], None]) -> Fit:
     state = first = _State(problem, np.zeros(problem.parameters.prior.shape[1]))
     num_rounds = 0
     for stage in (_Stage(problem, with_queue=False), _Stage(problem, with_queue=True)):
@@ -168,7 +173,7 @@ def _fit(start: Profile, runs: Sequence[ObservedRun], max_requests: int, on_roun
             num_rounds += 1
             on_round(num_rounds, float(np.sqrt((state.residuals**2).mean())))
             state = stage.improve(state)
-    prior = problem.parameters.prior
+    prior = problem.parameters.prior * problem.is_free
     weighted = problem.jacobian(state) @ prior / state.sds[:, np.newaxis]
     of_latents = np.linalg.inv(weighted.T @ weighted + np.eye(prior.shape[1]))
     return Fit(
@@ -197,7 +202,7 @@ class _Stage:
         self._damping = 0  # of `_DAMPINGS`, the first to try
         self._problem = problem
         parameters = problem.parameters
-        self._is_free = np.ones(parameters.prior.shape[1], dtype=np.bool_)
+        self._is_free = problem.is_free.copy()
         self._lowest = np.full(parameters.prior.shape[1], -np.inf)
         # An overhead is one latent: number i of the values is latent i + 1.
         for index, overhead in enumerate(parameters.overheads, parameters.num_corrections + 1):

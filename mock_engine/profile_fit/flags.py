@@ -30,6 +30,7 @@ class FitSettings:
     tp: int | None
     server: Server
     async_scheduling: bool | None
+    only_overhead: bool
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> FitSettings:
@@ -45,7 +46,13 @@ class FitSettings:
             raise ConfigError(f"--from names the start profile, and {given[0]} looks for one; leave out either")
         server = Server(flags.name, flags.max_num_seqs, flags.max_num_batched_tokens, flags.num_gpu_blocks_override)
         return cls(
-            tuple(flags.runs), flags.out, flags.start, **filters, server=server, async_scheduling=flags.async_scheduling
+            tuple(flags.runs),
+            flags.out,
+            flags.start,
+            **filters,
+            server=server,
+            async_scheduling=flags.async_scheduling,
+            only_overhead=flags.only_overhead,
         )
 
 
@@ -118,6 +125,9 @@ def add_fit_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("start")
     group.add_argument(
         "--from", dest="start", metavar="PROFILE", help="a name from the list, or a folder (default: the nearest)"
+    )
+    group.add_argument(
+        "--only-overhead", action="store_true", help="leave its tables as they are: the server is slower by a constant"
     )
     group.add_argument("--gpu", help="look for the nearest among those of this GPU, such as h100-sxm")
     group.add_argument("--model", help="and of this model, such as llama-3.1-8b")
