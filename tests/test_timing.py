@@ -72,7 +72,7 @@ def test_decode_steps_computed_at_once_take_what_they_take_one_by_one(name, batc
     assert model.decode_run_s(batch_size, context_tokens, num_steps).tolist() == one_by_one
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", NAMES)
 @given(
     chunks=chunk_lists,
     batch_size=st.one_of(st.just(0), batch_sizes),
