@@ -209,7 +209,7 @@ def _pair(each: Predicted, metric: str) -> tuple[float, float]:
 
 
 def _file_name(text: str) -> str:
-    return text.replace(", ", "-")
+    return text.replace(", ", "-").replace(" ", "-")
 
 
 def _steps_section(data: Path, models: Models) -> str:
