@@ -37,11 +37,12 @@ FloatArray = NDArray[np.float64]
 
 CALIBRATED, SWEPT = "ours, overhead fitted", "ours, all fitted"
 NOT_BY_A_CONSTANT = (
-    "NIM of 2024 is not slower by a constant: for each token, its Llama-3-8B on one GPU in bf16 takes 7 to 27 % more than "
-    "simulated at a concurrency of 1, and 42 to 73 % more at 250; with 7,000 tokens of context instead of 200, a single "
-    "sequence takes 1.8 ms more, where today's kernels take 0.3. An overhead found at the lowest load cannot know that. "
-    "With a few loads to fit on, ITL and throughput come right, as the next table shows. TTFT at a concurrency above "
-    "100 stays low: it is that of a burst, and hangs on how many requests NIM's client sent in all, which is not stated."
+    "NIM of 2024 is not slower by a constant: for each token, its Llama-3-8B on one GPU in bf16 takes 7 to 27 % "
+    "more than simulated at a concurrency of 1, and 42 to 73 % more at 250; with 7,000 tokens of context instead "
+    "of 200, a single sequence takes 1.8 ms more, where today's kernels take 0.3. An overhead found at the lowest "
+    "load cannot know that. With a few loads to fit on, ITL and throughput come right, as the next table shows. "
+    "TTFT at a concurrency above 100 stays low: it is that of a burst, and hangs on how many requests NIM's "
+    "client sent in all, which is not stated."
 )
 METRICS = ("itl", "ttft", "tokens_per_s")
 METRIC_NAMES = {"itl": "ITL", "ttft": "TTFT", "tokens_per_s": "throughput"}
