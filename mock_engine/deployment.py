@@ -306,8 +306,7 @@ class Deployment:
 
     def submit(self, job: Job) -> None:
         """A client sends `job` now."""
-        profile = self._entry.ranks[0].engine.profile
-        ingress_s = profile.overhead_request_s + profile.overhead_per_prompt_token_s * job.isl_tokens
+        ingress_s = self._entry.ranks[0].engine.profile.overhead_before_queue_s(job.isl_tokens)
         if ingress_s and self.settings.has_ingress:
             self._clock.call_at(self._clock.now + ingress_s, lambda _: self._route(job))
         else:

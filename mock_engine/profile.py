@@ -116,6 +116,10 @@ class Profile:
         """Keys and values of one token over all layers and all GPUs."""
         return self.shape.kv_bytes_per_token(self.kv_cache_dtype)
 
+    def overhead_before_queue_s(self, isl_tokens: int) -> float:
+        """From when a client sends a request until the engine's scheduler sees it."""
+        return self.overhead_request_s + self.overhead_per_prompt_token_s * isl_tokens
+
     @property
     def roofline(self) -> Roofline:
         """Data-sheet times for this model on these GPUs."""

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from mock_engine.deployment import DeploymentSettings, WorkerGroup
 from mock_engine.errors import ConfigError
+from mock_engine.profile import load_profile, to_document
+from mock_engine.profile_writing import write_folder
 from tests.helpers.deployments import (
     BLOCK_SIZE,
     aggregated,
@@ -53,6 +55,22 @@ def test_a_request_alone_takes_a_prefill_step_and_a_decode_step_for_each_further
     expected_s = token_times_s(*lengths)
     assert (job.first_token_s, job.last_token_s) == close_to((expected_s[0], expected_s[-1]))
     assert job.second_token_s == (close_to(expected_s[1]) if lengths[1] > 1 else None)
+
+
+def test_a_request_spends_the_profile_s_overhead_before_it_is_queued_unless_a_real_frontend_does(tmp_path):
+    """HTTP and tokenizing: 5 ms, and 2 us for each token of the prompt. Who gives up meanwhile is never queued."""
+    profile = load_profile(small_engine().profile)
+    document = to_document(profile)
+    document["timing"] |= {"overhead_request_s": 5e-3, "overhead_per_prompt_token_s": 2e-6}
+    write_folder(tmp_path / "slow", document, profile.latency)
+    engine = small_engine(profile=str(tmp_path / "slow"))
+    (usual_s,) = ttfts_s(send(aggregated(), [single(ISL, 2)]))
+    assert ttfts_s(send(aggregated(engine=engine), [single(ISL, 2)])) == close_to([usual_s + 5e-3 + ISL * 2e-6])
+    assert ttfts_s(send(aggregated(engine=engine, has_ingress=False), [single(ISL, 2)])) == close_to([usual_s])
+    gone = send(aggregated(engine=engine), [single(ISL, 2)], probes={4e-3: lambda each: each.cancel(each.jobs[0])})
+    check_that_nothing_is_left(gone)
+    assert gone.jobs[0].is_cancelled
+    assert not gone.deployment.sent
 
 
 @given(lengths=lengths, gb_per_s=st.floats(0.01, 500))

@@ -189,7 +189,7 @@ class _Replaying:
         index, pause_s = following
         self._sent_s[index] = now_s + pause_s
         request = self._run.requests[index]
-        at_s = now_s + pause_s + overhead_before_queue_s(self._profile, request.isl_tokens)
+        at_s = now_s + pause_s + self._profile.overhead_before_queue_s(request.isl_tokens)
         self._queued_s[index] = at_s
         if at_s > now_s:
             self._clock.call_at(at_s, lambda _: self._submit(index, slot))
@@ -218,11 +218,6 @@ class _Replaying:
 
     def gap_done(self, gap_s: float, num_sequences: int) -> None:
         """Single gaps are of no interest here."""
-
-
-def overhead_before_queue_s(profile: Profile, isl_tokens: int) -> float:
-    """From when a client sends a request until the engine's scheduler sees it."""
-    return profile.overhead_request_s + profile.overhead_per_prompt_token_s * isl_tokens
 
 
 def visited(replays: Sequence[Replay]) -> dict[StepLoad, int]:

@@ -11,7 +11,6 @@ Engines are those of a shipped profile, with few and small KV blocks, so that th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mock_engine import engine_settings, simulation
+from mock_engine import simulation
 from mock_engine.clients import Clients, ClientSettings
 from mock_engine.deployment import ROLES, TRANSFER_MODES, Deployment, DeploymentSettings, WorkerGroup
 from mock_engine.drive_virtual import VirtualClock
@@ -79,21 +78,9 @@ def transfer_bandwidth(seconds: float, num_tokens: int) -> float:
     return num_tokens * KV_BYTES_PER_TOKEN / seconds / GB
 
 
-_profile = cache(load_profile)
-
-
 @cache
 def timing(profile: str = H100) -> TimingModel:
-    return TimingModel(_profile(profile))
-
-
-@contextmanager
-def _each_profile_is_read_once():
-    """Reading one takes longer than simulating what a small engine does with it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_settings, "load_profile", _profile)
-        patch.setattr(engine_settings, "TimingModel", lambda profile: timing(profile.name))
-        yield patch
+    return TimingModel(load_profile(profile))
 
 
 def prefill_s(*isl_tokens: int, past_tokens: int = 0, profile: str = H100) -> float:
@@ -175,7 +162,7 @@ def watch(settings: SimulationSettings, **options) -> Watched:
 
         return make
 
-    with _each_profile_is_read_once() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulation, "Deployment", keep(WatchedDeployment))
         patch.setattr(simulation, "Clients", keep(Clients))
         results = simulation.simulate(settings, **options)
@@ -201,10 +188,9 @@ def send(
 ) -> Watched:
     """Run the sessions to their end; `probes` are called with the deployment at their times."""
     clock = VirtualClock()
-    with _each_profile_is_read_once():
-        deployment = WatchedDeployment(
-            settings, clock, Silence(), lambda _role: Silence(), lambda job: clients.job_ended(job)
-        )
+    deployment = WatchedDeployment(
+        settings, clock, Silence(), lambda _role: Silence(), lambda job: clients.job_ended(job)
+    )
     clients = Clients(
         clock,
         iter(sessions),
