@@ -324,7 +324,7 @@ def _page(steps: str, rows: Sequence[Row], predicted: Sequence[Predicted], folde
             "nothing fitted; with the overhead (a step, a sequence, before the queue) fitted to the lowest load of "
             "each deployment; and with all that `profiles fit` fits, on three lengths at three loads. Rows that were "
             "fitted on are not scored. Targets: ITL 6 %, TTFT 15 %, throughput 6 % (median); (!) marks what misses "
-            "them.",
+            "them. All ran on H100; of A100 no run is at hand, only step times.",
             "",
             f"Left out: {LEFT_OUT}",
             "",
