@@ -18,7 +18,15 @@ from mock_engine.profile_fit import ObservedRequest, ObservedRun, fit_profile, m
 from mock_engine.profile_fit.observations import group_requests
 from mock_engine.profile_fit.parameters import OVERHEADS, parameters_of
 from mock_engine.profile_fit.replay import plan_replay, visited
-from mock_engine.profile_fit.report import only_together, parameter_rows, scheduling_note, step_rows, warnings
+from mock_engine.profile_fit.report import (
+    ParameterRow,
+    not_identified,
+    only_together,
+    parameter_rows,
+    scheduling_note,
+    step_rows,
+    warnings,
+)
 from mock_engine.profile_fit.sensitivity import request_slopes, step_slopes, step_times
 from mock_engine.profile_fit.start import Server, as_server, choose_names, nearest_profiles
 from mock_engine.profile_fit.writing import write_fit
@@ -158,6 +166,15 @@ def test_only_the_overhead_is_fitted_where_that_is_asked_for():
     large = StepLoad((), 64, 64 * 1000)
     expected = TimingModel(hidden).step_s(large)
     assert TimingModel(fit.profile).step_s(large) == pytest.approx(expected, rel=0.01)
+
+
+def test_what_is_not_known_is_said_once_for_each_kind():
+    def row(name, sd, is_factor=True):
+        return ParameterRow(name, "", is_factor, 1.0, 1.0, sd, 0.3)
+
+    rows = [row("matrices at 1 tokens", 0.3), row("matrices at 2 tokens", 0.1), row("matrices at 4,096 tokens", 0.3)]
+    rows += [row("decode attention at 64 KV tokens", 0.3), row("overhead_step_s", 0.3, is_factor=False)]
+    assert not_identified(rows) == ["matrices at 1, 4,096 tokens", "decode attention at 64 KV tokens"]
 
 
 def test_a_run_is_replayed_with_the_flags_that_the_server_had_in_it():

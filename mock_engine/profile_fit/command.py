@@ -21,6 +21,7 @@ from mock_engine.profile_fit.flags import FitSettings
 from mock_engine.profile_fit.observed import ObservedRun
 from mock_engine.profile_fit.readers import read_run
 from mock_engine.profile_fit.report import (
+    not_identified,
     only_together,
     parameter_rows,
     scheduling_note,
@@ -84,9 +85,9 @@ def _print_fit(fit: Fit, start_name: str, notes: list[str], console: Console) ->
             start, fitted, sd = (f"{value * 1e6:,.1f} us" for value in (row.start, row.fitted, row.sd))
             table.add_row(row.name, start, fitted, sd, "yes" if row.is_identified else "no")
     console.print(table)
-    unknown = [row.name for row in rows if row.is_factor and not row.is_identified]
+    unknown = not_identified(rows)
     if unknown:
-        _say(console, f"Not identified, and near what the others say: {', '.join(unknown)}")
+        _say(console, f"Not identified, and near what the others say: {'; '.join(unknown)}")
     table = _table("\nPasses of these runs", "passes", "count", "start, ms", "fitted, ms", "sd")
     for step in step_rows(fit):
         table.add_row(

@@ -68,6 +68,17 @@ def parameter_rows(fit: Fit) -> list[ParameterRow]:
     return rows
 
 
+def not_identified(rows: Sequence[ParameterRow]) -> list[str]:
+    """The corrections that the data do not tell, those of one kind in one text: "matrices at 1, 2, 4,096 tokens"."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.is_factor and not row.is_identified:
+            kind, _, where = row.name.partition(" at ")
+            place, _, unit = where.partition(" ")
+            places.setdefault((kind, unit), []).append(place)
+    return [f"{kind} at {', '.join(found)} {unit}" for (kind, unit), found in places.items()]
+
+
 def step_rows(fit: Fit) -> list[StepRow]:
     """The passes of the replayed runs, by kind and power of two."""
     loads = list(fit.loads)
