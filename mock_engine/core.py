@@ -76,6 +76,7 @@ class Core:
         self._times = times
         self._is_async = is_async
         self._now_s = self._decided_s = float("-inf")  # the last step ended, and began
+        self._is_idle = True  # at the last look there was no step to begin
         self._current: Step | None = None
 
     @property
@@ -86,7 +87,7 @@ class Core:
     @property
     def admission_limit_s(self) -> float:
         """Whoever arrived later than that is not in the next step, however much room there is."""
-        return self._decided_s if self._is_async and self.has_work else float("inf")
+        return self._decided_s if self._is_async and self.has_work and not self._is_idle else float("inf")
 
     def prepare(self, request: Request) -> SequenceState:
         """A sequence for `request`, not queued yet. Raises `RequestError` if it can never be served."""
@@ -110,7 +111,9 @@ class Core:
         if not schedule.load.num_tokens:
             assert self.scheduler.num_kept_blocks, "there is work, so something must run"
             self.scheduler.complete(schedule)
+            self._is_idle = True
             return None
+        self._is_idle = False
         self._current = Step(self._times.step_s(schedule.load), schedule)
         return self._current
 
@@ -141,6 +144,7 @@ class Core:
         num_steps = min(self.scheduler.num_steady_steps(), MAX_RUN_STEPS)
         if not num_steps:
             return None
+        self._is_idle = False
         edges_s = np.empty(num_steps + 1)
         edges_s[0] = now_s
         edges_s[1:] = self._times.peek_decode_s(self.scheduler.decode_load, num_steps)

@@ -132,7 +132,8 @@ def build_engines(
 ) -> list[Engine]:
     """The same for engines that differ in their seeds alone; the profile is read once for all of them."""
     folder = find_folder(settings.profile)
-    files = [(path.name, path.stat()) for path in folder.iterdir()]
+    paths = [path for path in folder.iterdir() if path.suffix in (".toml", ".csv") and path.exists()]
+    files = [(path.name, path.stat()) for path in paths]
     profile, timing = _load(folder, tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)))
     jitter_cv = profile.jitter_cv if settings.jitter is None else settings.jitter
     return [

@@ -13,8 +13,10 @@ at the end of the queue, and are computed again; the share then becomes what the
 
 Source: sglang 0.5.9, python/sglang/srt/managers: scheduler.py, `get_next_batch_to_run` and `update_running_batch`;
 schedule_policy.py, `PrefillAdder`; schedule_batch.py, `retract_decode`. Left out: max_prefill_tokens (16,384, more than
-a chunk), chunks cut at page ends, and other orders than the default, first come, first served. A retracted sequence
-finds the blocks it filled, if they are still there; SGLang keeps only those of its prompt.
+a chunk), chunks cut at page ends, and other orders than the default, first come, first served; that the share sinks
+while somebody waits for it (who found too few blocks is looked at again when somebody has left: in a full cache ITL
+comes out up to 6 % lower); that a decode worker of disaggregated serving takes over a sequence without a pass of its
+own. A retracted sequence finds the blocks it filled, if they are still there; SGLang keeps only those of its prompt.
 """
 
 from __future__ import annotations

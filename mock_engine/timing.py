@@ -62,7 +62,8 @@ class TimingModel:
         Seconds for the pass, engine overhead included; computed in about 5 microseconds.
 
         Never falls when tokens are added to a sequence, new or past, when a prompt joins,
-        or when a decoding sequence joins that is no shorter than the mean.
+        or when a decoding sequence joins that is no shorter than the mean. (A single token over a long past can
+        take longer as a decode than as the end of a prompt, which other kernels compute.)
         """
         return self._parts.step_s(load)
 

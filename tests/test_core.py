@@ -216,6 +216,26 @@ def test_the_made_up_step_time_is_what_the_core_reports():
     assert step.seconds == step_s(step.schedule.load)
 
 
+def test_who_arrives_while_all_wait_for_kept_blocks_is_not_too_late_for_a_step_that_is_not_under_way():
+    """Asynchronous: the limit is of a busy engine; one that found nothing to run decides anew when blocks are back."""
+    core = make_core(num_blocks=MAX_MODEL_LEN // BLOCK_SIZE, is_async=True)
+    kept = core.prepare(Request("kept", MAX_MODEL_LEN - BLOCK_SIZE, 1, keeps_blocks=True))
+    core.enqueue(kept)
+    now_s = 0.0
+    while (step := core.begin_step()) is not None:
+        now_s += step.seconds
+        core.end_step(step, now_s)
+    assert core.admission_limit_s == float("inf"), "nothing to do"
+    core.enqueue(core.prepare(Request("waits", MAX_MODEL_LEN - BLOCK_SIZE, 1)))
+    assert core.begin_step() is None
+    assert core.has_work
+    assert core.admission_limit_s == float("inf")
+    core.scheduler.give_back(kept)
+    step = core.begin_step()
+    assert step is not None
+    assert core.admission_limit_s < float("inf")
+
+
 def test_an_engine_is_what_its_profile_s_files_say_now(tmp_path):
     """They are kept from one simulation to the next, and read again once they have changed."""
     folder = tmp_path / "profile"

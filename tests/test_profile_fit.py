@@ -163,9 +163,27 @@ def test_only_the_overhead_is_fitted_where_that_is_asked_for():
     assert fit.profile.overhead_request_s == pytest.approx(6e-3, rel=0.15)
     corrections = fit.sd[: fit.parameters.num_corrections]
     assert np.all(corrections == 0), "what is held is not said to be unsure"
+    held = [row for row in parameter_rows(fit) if row.is_held]
+    assert len(held) == fit.parameters.num_corrections
+    assert not any(row.is_identified for row in held), "nor to be known"
+    assert not_identified(parameter_rows(fit)) == []
+    only_together(fit)
     large = StepLoad((), 64, 64 * 1000)
     expected = TimingModel(hidden).step_s(large)
     assert TimingModel(fit.profile).step_s(large) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_burst_of_more_requests_than_are_replayed_is_replayed_whole():
+    """Of the first of them alone none would have ended before the last was sent, and nothing could be compared."""
+    requests = [request(start_s=index * 1e-5, ttft_s=0.05 + index * 1e-3) for index in range(30)]
+    run = make_run("burst", requests)
+    plan = plan_replay(run, max_requests=8)
+    assert plan.num_requests == 30
+    assert plan.is_compared.all()
+    fit = fit_profile(load_profile(H100), [run], async_scheduling=True, max_requests=8)
+    assert fit.runs[0].num_compared == 30
+    loop = run_of_means("loop", isl_tokens=9, osl_tokens=9, concurrency=10, num_requests=99, ttft_s=1.0, itl_s=0.1)
+    assert plan_replay(loop, max_requests=8).is_compared.sum() == 10
 
 
 def test_what_is_not_known_is_said_once_for_each_kind():
@@ -174,6 +192,7 @@ def test_what_is_not_known_is_said_once_for_each_kind():
 
     rows = [row("matrices at 1 tokens", 0.3), row("matrices at 2 tokens", 0.1), row("matrices at 4,096 tokens", 0.3)]
     rows += [row("decode attention at 64 KV tokens", 0.3), row("overhead_step_s", 0.3, is_factor=False)]
+    rows += [row("prefill attention at 32 tokens", 0.0)]  # held
     assert not_identified(rows) == ["matrices at 1, 4,096 tokens", "decode attention at 64 KV tokens"]
 
 
@@ -450,6 +469,7 @@ def test_step_times_that_take_over_what_is_laid_out_already_are_the_same():
 def test_the_nearest_profile_is_the_hidden_one(tmp_path):
     hidden = "h100-sxm/llama-3.1-8b/trtllm-tp2-bf16"
     runs = benchmark(tmp_path, hidden, {1: 20, 8: 32})
+    assert as_server(load_profile(H100), Server("//vllm-tp1-fp8_block")).dtype == "fp8_block"
     names = choose_names(model="llama-3.1-8b")
     assert len(names) == 12
     candidates = nearest_profiles(runs, names, Server())

@@ -107,6 +107,17 @@ def write_json_file(path, document):
     return path
 
 
+def test_an_answer_that_came_in_one_chunk_has_no_gap(tmp_path):
+    """Its tokens have no time between them that could be compared."""
+    run = read_run(write_rows(tmp_path / "one", [row(), row(ttft=50.0, latency=50.0)]))
+    assert [each.itl_s for each in run.requests] == [pytest.approx(0.01), None]
+    details = vllm(itls=[[], [], [0.01] * 4])
+    assert [each.itl_s for each in read_run(write_json_file(tmp_path / "c.json", details)).requests] == [
+        None,
+        pytest.approx(0.01),
+    ]
+
+
 def test_vllm_s_details_become_requests_and_failed_ones_are_left_out(tmp_path):
     run = read_run(write_json_file(tmp_path / "c2.json", vllm()))
     assert (run.name, run.concurrency, run.num_left_out, run.has_only_means) == ("c2", 2, 1, False)
@@ -309,6 +320,9 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
         line = complain(capsys, *RECORD, "--url", url)
     assert f"--url {url}: nothing answers there" in line
     assert "Start the server, or name another." in line
+    assert "--url http://127.0.0.1:8OOO: nothing answers there" in complain(
+        capsys, *RECORD, "--url", "http://127.0.0.1:8OOO"
+    )
 
 
 def test_aiperf_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):

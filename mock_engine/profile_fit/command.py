@@ -15,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from mock_engine.json_file import write_json
-from mock_engine.profile import load_profile
+from mock_engine.profile import list_profiles, load_profile
 from mock_engine.profile_fit.fit import Fit, fit_profile
 from mock_engine.profile_fit.flags import FitSettings
 from mock_engine.profile_fit.observed import ObservedRun
@@ -53,6 +53,8 @@ def fit_command(flags: argparse.Namespace, console: Console) -> int:
             only_overhead=settings.only_overhead,
             on_round=lambda number, error: say(f"round {number}, residuals {error:.1%}"),
         )
+    if start_name not in list_profiles():  # a folder of this machine, which is nobody else's concern
+        start_name = Path(start_name).name
     command = _build_command(settings, start_name)
     write_fit(fit, start_name, settings.out, command)
     notes = [note for note in (scheduling_note(fit), *only_together(fit), *warnings(fit)) if note]
@@ -125,8 +127,7 @@ def _table(title: str, first: str, *others: str) -> Table:
 
 def _build_command(settings: FitSettings, start_name: str) -> str:
     """The command again, with names in the place of this machine's paths."""
-    start = start_name if not Path(start_name).is_absolute() else Path(start_name).name
-    words = ["mock-engine", "profiles", "fit", *(path.name for path in settings.runs), "--from", start]
+    words = ["mock-engine", "profiles", "fit", *(path.name for path in settings.runs), "--from", start_name]
     for name, value in (
         ("--name", settings.server.name),
         ("--max-num-seqs", settings.server.max_num_seqs),

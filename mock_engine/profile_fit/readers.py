@@ -73,7 +73,7 @@ def _read_aiperf(path: Path, name: str) -> ObservedRun:
                 isl_tokens,
                 osl_tokens,
                 ttft_ms / 1e3,
-                (latency_ms - ttft_ms) / 1e3 / (osl_tokens - 1) if osl_tokens > 1 else None,
+                _itl_s((latency_ms - ttft_ms) / 1e3, osl_tokens),
                 (start_ns - origin_ns) / 1e9,
                 min(int(cached), isl_tokens - 1),
             )
@@ -94,6 +94,11 @@ def _count(path: Path, line: int, metrics: dict[str, Any], of_server: str, of_cl
 
 def _is_whole(value: Any) -> bool:
     return type(value) is float and value.is_integer()
+
+
+def _itl_s(decode_s: float, osl_tokens: int) -> float | None:
+    """The mean gap between tokens; None where there is none to see: one token, or all of them in one chunk."""
+    return decode_s / (osl_tokens - 1) if osl_tokens > 1 and decode_s > 0 else None
 
 
 def _ms(path: Path, line: int, metrics: dict[str, Any], name: str) -> float:
@@ -147,7 +152,7 @@ def _read_vllm_requests(path: Path, document: dict[str, Any]) -> ObservedRun:
             start_s = float(starts[index]) if starts else None
         except (TypeError, ValueError, IndexError) as error:
             raise ConfigError(f"{where}: ttfts, itls and start_times must be numbers of seconds ({error})") from error
-        requests.append(ObservedRequest(isl, osl, ttft_s, decode_s / (osl - 1) if osl > 1 else None, start_s))
+        requests.append(ObservedRequest(isl, osl, ttft_s, _itl_s(decode_s, osl), start_s))
     if starts:
         return make_run(path.stem, requests, num_failed)
     if document.get("request_rate", "inf") not in ("inf", math.inf):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -87,7 +88,7 @@ def _check_reachable(url: str) -> None:
         urllib.request.urlopen(url, timeout=_ANSWER_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         return  # it speaks HTTP
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ConfigError(
             f"--url {url}: nothing answers there ({reason}). Start the server, or name another."

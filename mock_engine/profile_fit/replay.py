@@ -70,8 +70,11 @@ class Plan(NamedTuple):
 
 
 def plan_replay(run: ObservedRun, max_requests: int = MAX_REQUESTS) -> Plan:
-    """Lay out the first `max_requests` of a run."""
-    requests = run.requests[:max_requests]
+    """
+    Lay out the first `max_requests` of a run, or twice as many as were under way at once: of fewer, none might have
+    ended before the last was sent, and those alone are compared.
+    """
+    requests = run.requests[: max(max_requests, 2 * run.concurrency)]
     num_requests = len(requests)
     is_whole = num_requests == len(run.requests)
     compared = np.ones(num_requests, dtype=np.bool_)

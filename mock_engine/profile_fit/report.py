@@ -41,7 +41,12 @@ class ParameterRow:
 
     @property
     def is_identified(self) -> bool:
-        return self.sd <= _IDENTIFIED * self.prior_sd
+        return 0 < self.sd <= _IDENTIFIED * self.prior_sd
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the fit was told to leave it as it was."""
+        return self.sd == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ def not_identified(rows: Sequence[ParameterRow]) -> list[str]:
     """The corrections that the data do not tell, those of one kind in one text: "matrices at 1, 2, 4,096 tokens"."""
     places: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        if row.is_factor and not row.is_identified:
+        if row.is_factor and not row.is_identified and not row.is_held:
             kind, _, where = row.name.partition(" at ")
             place, _, unit = where.partition(" ")
             places.setdefault((kind, unit), []).append(place)
@@ -118,7 +123,7 @@ def scheduling_note(fit: Fit) -> str | None:
 
 def only_together(fit: Fit) -> list[str]:
     """Sentences about what the data show only as a sum."""
-    sd = np.maximum(fit.sd, 1e-300)
+    sd = np.maximum(fit.sd, 1e-150)  # 0 of what is held
     correlation = fit.covariance / np.outer(sd, sd)
     names, num_corrections = fit.parameters.names, fit.parameters.num_corrections
     sentences = []

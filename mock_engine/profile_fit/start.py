@@ -132,7 +132,7 @@ _DEFAULT_UTILIZATION = 0.9
 def _names(profile: Profile, name: str) -> dict[str, object]:
     """What another name changes: with another GPU its data sheet, and the KV blocks that were reported of this one."""
     gpu, model, last = [*name.split("/"), "", ""][:3]
-    found = re.fullmatch(r"(.+)-tp([1-9][0-9]*)-([a-z0-9]+)", last) if last else None
+    found = re.fullmatch(r"(.+)-tp([1-9][0-9]*)-([a-z0-9_]+)", last) if last else None
     if name.count("/") > 2 or (last and found is None) or (found and found[3] not in WEIGHT_BYTES):
         raise ConfigError(
             f"--name is {name!r}; it must be GPU/MODEL/ENGINE-tpN-DTYPE, with DTYPE one of {', '.join(WEIGHT_BYTES)}; "
