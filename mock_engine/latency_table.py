@@ -36,10 +36,14 @@ LEVEL_SD = 0.3  # ... a level that all of a table share
 NOISE_SD = 0.002  # of one measurement, repeated
 
 
-def _likeness(octaves: FloatArray) -> FloatArray:
+def matern(octaves: FloatArray, length_octaves: float) -> FloatArray:
     """Matern's correlation of order 3/2: smooth, but not infinitely so, as times of kernels are."""
-    scaled = math.sqrt(3.0) / CORRELATION_OCTAVES * octaves
-    return np.asarray(CORRECTION_SD**2 * (1.0 + scaled) * np.exp(-scaled) + LEVEL_SD**2)
+    scaled = math.sqrt(3.0) / length_octaves * octaves
+    return np.asarray((1.0 + scaled) * np.exp(-scaled))
+
+
+def _likeness(octaves: FloatArray) -> FloatArray:
+    return np.asarray(CORRECTION_SD**2 * matern(octaves, CORRELATION_OCTAVES) + LEVEL_SD**2)
 
 
 def _octaves_between(places: FloatArray, points: FloatArray) -> FloatArray:

@@ -61,18 +61,23 @@ class Row:
     def load(self) -> float:
         return self.concurrency or self.request_rate or 0.0
 
+    @property
+    def num_requests(self) -> int:
+        """Sent in a simulation."""
+        return max(ROUNDS * self.concurrency, 16) if self.concurrency else int(120 * (self.request_rate or 0.0))
+
     def engine_settings(self, profile: str) -> EngineSettings:
         return EngineSettings(profile=profile, jitter=0.0, **dict(self.settings))  # type: ignore[arg-type]
 
     def workload(self) -> Workload:
         values: dict[str, object] = {field.name: None for field in fields(Workload)}
         values |= {"isl": self.isl - self.cached_tokens, "osl": self.osl, "fixed_schedule": False}
+        values |= {"request_count": self.num_requests}
         if self.concurrency:
-            values |= {"concurrency": self.concurrency, "request_count": max(ROUNDS * self.concurrency, 16)}
+            values |= {"concurrency": self.concurrency}
         else:
             assert self.request_rate
             values |= {"request_rate": self.request_rate, "arrival_pattern": "constant"}
-            values |= {"request_count": int(120 * self.request_rate)}
         if self.cached_tokens:
             values |= {"num_prefix_prompts": 45, "prefix_prompt_length": self.cached_tokens}
         return Workload(**values)  # type: ignore[arg-type]

@@ -295,12 +295,12 @@ def test_slopes_are_what_a_replay_does_when_a_parameter_moves(name):
     found = parameters(name)
     run = ObservedRun("run", tuple(request(isl=isl, osl=40) for isl in (100, 700, 1500, 3000)), 1)
     values = found.start + 0.02
-    values[found.num_corrections :] += found.prior_sd[found.num_corrections :]
+    values[found.num_corrections :] += found.own_sd[found.num_corrections :]
     replayed = replay(found.apply(values), run)
     slopes = step_slopes(found, values, replayed.steps.loads)
     ttft, itl = request_slopes(replayed, found, slopes)
     for index in range(len(values)):
-        step = 0.05 * (1.0 if index < found.num_corrections else found.prior_sd[index])
+        step = 0.05 * (1.0 if index < found.num_corrections else found.own_sd[index])
         moved = [replay(found.apply(values + side * np.eye(len(values))[index]), run) for side in (-step, step)]
         for mine, (low, high) in ((ttft, (m.ttft_s for m in moved)), (itl, (m.itl_s for m in moved))):
             slope = (high - low) / (2 * step)

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mock_engine.profile import Profile
-from mock_engine.profile_fit.observations import Group, group_requests, observed_values
+from mock_engine.profile_fit.observations import Group, compare, group_requests, observed_values
 from mock_engine.profile_fit.observed import ObservedRun
 from mock_engine.profile_fit.parameters import Parameters, parameters_of
-from mock_engine.profile_fit.replay import MAX_REQUESTS, Plan, Replay, plan_replay, replay, visited
+from mock_engine.profile_fit.replay import MAX_REQUESTS, Plan, plan_replay, replay, visited
 from mock_engine.profile_fit.sensitivity import request_slopes, step_slopes, step_times
 from mock_engine.step import StepLoad
 from mock_engine.timing import TimingModel
@@ -91,12 +91,12 @@ class _State:
             replay(self.profile, run, timing=timing, plan=plan)
             for run, plan in zip(problem.runs, problem.plans, strict=True)
         ]
-        residuals, sds = [], []
+        residuals: list[float] = []
+        sds: list[float] = []
         for replayed, observed, groups in zip(self.replays, problem.observed, problem.groups, strict=True):
-            for group in groups:
-                own = _values(replayed)[group.metric]
-                residuals.append(group.figure(observed[group.metric]) - group.figure(own))
-                sds.append(group.sd(observed[group.metric], own))
+            own_residuals, own_sds = compare(groups, observed, replayed.values)
+            residuals += own_residuals
+            sds += own_sds
         self.residuals = np.array(residuals)
         self.sds = np.array(sds)
 
@@ -136,7 +136,7 @@ class _Problem:
         for replayed, groups in zip(state.replays, self.groups, strict=True):
             of_steps = slopes[[number[load] for load in replayed.steps.loads]]
             by_metric = dict(zip(("ttft", "itl"), request_slopes(replayed, self.parameters, of_steps), strict=True))
-            own = _values(replayed)
+            own = replayed.values
             rows += [group.weights(own[group.metric]) @ by_metric[group.metric][group.requests] for group in groups]
         return np.array(rows)
 
@@ -250,10 +250,6 @@ class _Stage:
                 return latents
             latents[too_low] = self._lowest[too_low]
             is_free &= ~too_low
-
-
-def _values(replayed: Replay) -> dict[str, FloatArray]:
-    return {"ttft": replayed.ttft_s, "itl": replayed.itl_s}
 
 
 def _errors(problem: _Problem, first: _State, last: _State) -> list[RunErrors]:

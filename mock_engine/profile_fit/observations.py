@@ -2,9 +2,7 @@
 What a run says, in few figures: the mean logarithm of ITL and of TTFT in groups of like requests.
 
     groups = group_requests(run, is_compared)
-    for group in groups:
-        group.mean_log(values)           the same figure of the run and of its replay
-        group.sd(observed, replayed)     how far the two may differ by chance
+    residuals, sds = compare(groups, observed_values(run, n), replayed.values)
 
 ITL is grouped by the mean context, TTFT by the tokens that were computed, and apart from the others those that
 were sent before any was answered: they wait for each other.
@@ -12,6 +10,7 @@ were sent before any was answered: they wait for each other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +86,17 @@ def observed_values(run: ObservedRun, num_requests: int) -> dict[str, FloatArray
         "ttft": np.array([request.ttft_s for request in requests]),
         "itl": np.array([np.nan if request.itl_s is None else request.itl_s for request in requests]),
     }
+
+
+def compare(
+    groups: Sequence[Group], observed: dict[str, FloatArray], replayed: dict[str, FloatArray]
+) -> tuple[list[float], list[float]]:
+    """Of each group, how far its figure of the run is above that of the replay, and how far it may be by chance."""
+    pairs = [(group, observed[group.metric], replayed[group.metric]) for group in groups]
+    return (
+        [group.figure(seen) - group.figure(own) for group, seen, own in pairs],
+        [group.sd(seen, own) for group, seen, own in pairs],
+    )
 
 
 def _first_wave(run: ObservedRun, compared: IntArray) -> IntArray:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mock_engine.latency_table import LatencyTable, make_table
+from mock_engine.latency_table import LatencyTable, make_table, matern
 from mock_engine.profile import Profile
 from mock_engine.roofline import Roofline
 from mock_engine.step import PrefillChunk, StepLoad
@@ -132,10 +132,6 @@ class Parameters:
         """Of the prior, if what moves all corrections together is known."""
         return np.asarray(np.sqrt((self.prior[:, 1:] ** 2).sum(axis=1)))
 
-    @property
-    def prior_sd(self) -> FloatArray:
-        return np.asarray(np.sqrt((self.prior**2).sum(axis=1)))
-
 
 def parameters_of(profile: Profile) -> Parameters:
     """What is fitted when the fit starts from `profile`."""
@@ -201,9 +197,8 @@ def _spread(values: FloatArray, ratio: float) -> FloatArray:
 
 def _smooth(octaves: FloatArray) -> FloatArray:
     """Cholesky factor of a Matern 3/2 process, which bends as times at the end of a roofline's slope do."""
-    scaled = np.sqrt(3.0) * np.abs(octaves[:, np.newaxis] - octaves) / _LENGTH_OCTAVES
-    covariance = (1 + scaled) * np.exp(-scaled)
-    return np.linalg.cholesky(covariance + _NUGGET * np.eye(len(octaves)))
+    covariance = matern(np.abs(octaves[:, np.newaxis] - octaves), _LENGTH_OCTAVES)
+    return np.asarray(np.linalg.cholesky(covariance + _NUGGET * np.eye(len(octaves))))
 
 
 def _correct_kernels(

@@ -59,6 +59,11 @@ class Replay:
     is_compared: NDArray[np.bool_]  # answered, in the run, before the last of these requests was sent
     steps: Steps
 
+    @property
+    def values(self) -> dict[str, FloatArray]:
+        """By metric, as `observations.observed_values` has those of the run."""
+        return {"ttft": self.ttft_s, "itl": self.itl_s}
+
 
 class Plan(NamedTuple):
     """When which request is sent: the slots of a run, laid out once for all its replays."""

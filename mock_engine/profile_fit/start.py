@@ -18,7 +18,7 @@ import numpy as np
 from mock_engine.errors import ConfigError
 from mock_engine.gpu_datasheets import DATASHEETS
 from mock_engine.profile import WEIGHT_BYTES, Profile, list_profiles, load_profile
-from mock_engine.profile_fit.observations import group_requests, observed_values
+from mock_engine.profile_fit.observations import compare, group_requests, observed_values
 from mock_engine.profile_fit.observed import ObservedRun
 from mock_engine.profile_fit.replay import plan_replay, replay
 from mock_engine.timing import TimingModel
@@ -99,14 +99,15 @@ def nearest_profiles(
 
 def _candidate(name: str, profile: Profile, runs: Sequence[ObservedRun]) -> Candidate:
     timing = TimingModel(profile)
-    residuals, sds = [], []
+    residuals: list[float] = []
+    sds: list[float] = []
     for run in runs:
         plan = plan_replay(run, _MAX_REQUESTS)
         replayed = replay(profile, run, timing=timing, plan=plan)
-        observed, own = observed_values(run, plan.num_requests), {"ttft": replayed.ttft_s, "itl": replayed.itl_s}
-        for group in group_requests(run, plan.is_compared):
-            residuals.append(group.figure(observed[group.metric]) - group.figure(own[group.metric]))
-            sds.append(group.sd(observed[group.metric], own[group.metric]))
+        observed, groups = observed_values(run, plan.num_requests), group_requests(run, plan.is_compared)
+        own_residuals, own_sds = compare(groups, observed, replayed.values)
+        residuals += own_residuals
+        sds += own_sds
     weights = 1 / np.square(sds)
     scale = float(np.average(residuals, weights=weights))
     error = float(np.sqrt(np.average(np.square(np.array(residuals) - scale), weights=weights)))
