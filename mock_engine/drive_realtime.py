@@ -60,7 +60,7 @@ class Stream:
     def __init__(
         self, drive: RealTimeDrive, sequences: Sequence[SequenceState], arrival_s: float, is_stopped: Callable[[], bool]
     ) -> None:
-        self._drive = drive
+        self.drive = drive
         self._ready: list[Token] = []
         self._waiter: asyncio.Future[None] | None = None
         self.sequences = sequences
@@ -77,7 +77,7 @@ class Stream:
         Empty once the stream is cancelled. Raises RuntimeError if the drive has failed.
         """
         while not self._ready and not self.is_cancelled:
-            self._drive.raise_failure()
+            self.drive.raise_failure()
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
@@ -173,7 +173,7 @@ class RealTimeDrive:
         self._doomed.append(stream)
         self._reap()
 
-    def note_sent(self, stream: Stream, tokens: list[Token]) -> None:
+    def note_sent(self, stream: Stream, tokens: Sequence[Token]) -> None:
         """The consumer sends these tokens now: record when they were due and when they went out."""
         now_s = self.now_s()
         for token in tokens:

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-import time
-from collections import deque
 from collections.abc import AsyncGenerator, Mapping
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
+from mock_engine.core import Token
 from mock_engine.drive_realtime import RealTimeDrive, Stream
 from mock_engine.dynamo_release import (
     HAS_DRAIN,
@@ -31,43 +29,29 @@ from mock_engine.dynamo_release import (
     engine_config,
     list_of_token_ids,
 )
-from mock_engine.engine_settings import DEFAULT_TOKENIZER, Engine, EngineSettings, build_engine
+from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import MockEngineError, RequestError
 from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_model_flags
+from mock_engine.live_request import LiveRequest
 from mock_engine.output_tokens import OutputTokens
-from mock_engine.prompt import Answer, Planner
+from mock_engine.prompt import Planner
 from mock_engine.realtime_clock import RealTimeClock
-from mock_engine.recorder import Recorder, RequestRow, TimelineRow
+from mock_engine.recorder import Recorder
+from mock_engine.recording import INTERVAL_S, Recording
 from mock_engine.step import StepLoad
+from mock_engine.worker_settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
-
-_RECORD_INTERVAL_S = 0.25
 
 
 class MockLLMEngine(LLMEngine):  # type: ignore[misc]
     """An `LLMEngine` that takes as long as a profile was measured to take. Made by `from_args`."""
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        model_path: Path = DEFAULT_TOKENIZER,
-        model_name: str | None = None,
-        record_folder: Path | None = None,
-        status_path: Path | None = None,
-    ) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
-        self.model_path = model_path
-        self.model_name = model_name
-        self._record_folder = record_folder
-        self._status_path = status_path
-        self._engine: Engine | None = None
-        self._planner: Planner | None = None
-        self._drive: RealTimeDrive | None = None
-        self._recorder: Recorder | None = None
-        self._record_task: asyncio.Task[None] | None = None
-        self._ended: deque[RequestRow] = deque()  # written by `_record`, which alone touches the files
-        self._open: dict[Stream, str] = {}  # and its context id; `_close` changes it on any thread
+        self._drives: list[RealTimeDrive] = []  # one for each data-parallel rank; none before `start`
+        self._recording: Recording | None = None
+        self._open: dict[Stream, LiveRequest] = {}  # `_close` changes it on any thread
         self._is_stopped = False
 
     @classmethod
@@ -79,17 +63,17 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         add_dynamo_flags(parser)
         flags = parser.parse_args(argv)
         try:
-            settings = EngineSettings.from_flags(flags)
-            engine = cls(settings, flags.model_path, flags.model_name, flags.record, flags.status)
-            engine._build()  # finds every wrong setting before Dynamo starts
-            Recorder(flags.record, flags.status).close()
+            settings = WorkerSettings.from_flags(flags)
+            engine = cls(settings)
+            _ = engine._planner  # finds every wrong setting before Dynamo starts
+            Recorder(settings.record_folder, settings.status_path).close()
         except MockEngineError as error:
             parser.error(str(error))
         config = WorkerConfig(
             namespace=flags.namespace,
             component=flags.component,
             endpoint=flags.endpoint,
-            model_name=str(engine.model_path),
+            model_name=str(settings.model_path),
             served_model_name=engine.served_model_name,
             endpoint_types=flags.endpoint_types,
             discovery_backend=flags.discovery_backend,
@@ -101,23 +85,25 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
     @property
     def served_model_name(self) -> str:
         """The name that clients use: `--model-name`, else the profile's model."""
-        return self.model_name or self._build().profile.model
+        return self.settings.model_name or self._engine.profile.model
 
     async def start(self, worker_id: int) -> Any:
         """Be ready to serve; return Dynamo's `EngineConfig`. Raises `EngineShutdown` if that is not possible."""
         del worker_id
+        settings = self.settings
         try:
-            engine = self._build()
-            if self._record_folder is not None or self._status_path is not None:
-                self._recorder = Recorder(self._record_folder, self._status_path)
+            engine = self._engine
+            _ = self._planner
+            if settings.record_folder is not None or settings.status_path is not None:
+                recorder = Recorder(settings.record_folder, settings.status_path)
+                self._recording = Recording(recorder, self._drives, self._num_open)
         except MockEngineError as error:
             raise EngineShutdown(str(error)) from error
-        self._drive = RealTimeDrive(engine.core, RealTimeClock(), self.settings.speedup_ratio)
-        self._drive.start()
-        if self._recorder is not None:
-            self._record_task = asyncio.get_running_loop().create_task(
-                self._record(self._recorder, self._drive), name="mock-engine-record"
-            )
+        drive = RealTimeDrive(engine.core, RealTimeClock(), settings.engine.speedup_ratio)
+        self._drives.append(drive)
+        drive.start()
+        if self._recording is not None:
+            self._recording.start()
         logger.info(
             "serving %s as %s: %d KV blocks of %d tokens, context %d",
             engine.profile.name,
@@ -127,7 +113,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             engine.scheduler.max_model_len,
         )
         return engine_config(
-            model=str(self.model_path),
+            model=str(settings.model_path),
             served_model_name=self.served_model_name,
             context_length=engine.scheduler.max_model_len,
             kv_cache_block_size=engine.block_size,
@@ -144,67 +130,34 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         adapter stops reading at the first. Raises `InvalidArgument` for a request that cannot be served,
         `EngineShutdown` when the engine is not running.
         """
-        if self._drive is None or self._planner is None or self._is_stopped:
-            raise EngineShutdown("the engine is not running")
-        request_id = context.id()
+        live = self._admit(request, context)
         try:
-            answers = self._planner.plan(request_id, request)
-            stream = self._drive.submit([answer.request for answer in answers], context.is_stopped)
-        except RequestError as error:
-            raise InvalidArgument(str(error)) from error
-        except RuntimeError as error:
-            raise EngineShutdown(str(error)) from error
-        arrival_unix_s = time.time()
-        self._open[stream] = request_id
-        num_left = len(answers)
-        num_sent = 0
-        finish_reason = "cancelled"
-        try:
-            while num_left:
-                tokens = await self._next_tokens(stream)
+            while not live.is_ended:
+                tokens = await _next_tokens(live.stream)
                 if not tokens or context.is_stopped():
-                    self._drive.cancel(stream)
-                    logger.debug("request %s cancelled", request_id)
-                    yield {"token_ids": [], "index": 0, "finish_reason": "cancelled", **_usage(stream, num_sent)}
+                    live.cancel()
+                    logger.debug("request %s cancelled", live.request_id)
+                    yield live.cancelled_chunk()
                     return
-                self._drive.note_sent(stream, tokens)
-                num_sent += len(tokens)
-                chunks: dict[int, dict[str, Any]] = {}
-                for token in tokens:
-                    choice = token.sequence.request.choice
-                    chunk = chunks.setdefault(choice, {"token_ids": [], "index": choice})
-                    chunk["token_ids"].append(answers[choice].token_ids[token.output_index])
-                    num_left -= token.is_last
-                *others, last = chunks.values()
-                for chunk in others:
+                for chunk in live.chunks(tokens):
                     yield chunk
-                if num_left == 0:
-                    finish_reason = answers[last["index"]].finish_reason
-                    last.update(finish_reason=finish_reason, **_usage(stream, num_sent))
-                yield last
         finally:
-            self._close(request_id, stream, answers, finish_reason, arrival_unix_s)
+            self._close(live)
 
     async def abort(self, context: Any) -> None:
         """Let go of the request with this context's id; unknown and finished ones are ignored."""
-        for stream, request_id in self._open.copy().items():
-            if request_id == context.id() and self._drive is not None:
-                self._drive.cancel(stream)
+        for live in self._open.copy().values():
+            if live.request_id == context.id():
+                live.cancel()
 
     async def cleanup(self) -> None:
         """Stop and release everything; open streams end as cancelled. Safe before `start`, after it failed, twice."""
         self._is_stopped = True
-        if self._drive is not None:
-            await self._drive.stop()
-        if self._record_task is not None:
-            self._record_task.cancel()
-            await asyncio.gather(self._record_task, return_exceptions=True)
-            self._record_task = None
-        if self._recorder is not None:
-            if self._drive is not None:
-                self._write_records(self._recorder, self._drive)
-            self._recorder.close()
-            self._recorder = None
+        for drive in self._drives:
+            await drive.stop()
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            await recording.stop()
 
     async def is_quiescent(self) -> bool:
         """True when no request is open. From ai-dynamo 1.3 on, polled on prefill workers before `cleanup`."""
@@ -215,11 +168,51 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         async def drain(self) -> None:
             """Return when no request is open. ai-dynamo 1.2 calls it once, before `cleanup`; later ones never do."""
             while self._num_open():  # noqa: ASYNC110  (requests end on any thread; an Event belongs to one)
-                await asyncio.sleep(_RECORD_INTERVAL_S)
+                await asyncio.sleep(INTERVAL_S)
 
     def conformance_probe(self) -> _Probe:
         """What requests hold, exactly, for the conformance suite (docs/conformance.md). Dynamo never calls it."""
         return _Probe(self)
+
+    @cached_property
+    def _engine(self) -> Engine:
+        """What the settings make. Raises `ProfileError` or `ConfigError`."""
+        return build_engine(self.settings.engine, self._warn_unmeasured)
+
+    @cached_property
+    def _planner(self) -> Planner:
+        return Planner(
+            OutputTokens.from_model_path(self.settings.model_path),
+            self._engine.scheduler.max_model_len,
+            self._engine.block_size,
+            self.settings.engine.default_osl,
+            self.settings.engine.seed,
+            list_of_token_ids,
+        )
+
+    def _admit(self, request: Mapping[str, Any], context: Any) -> LiveRequest:
+        """Plan the answer and queue it. Raises `InvalidArgument` or `EngineShutdown`."""
+        if not self._drives or self._is_stopped:
+            raise EngineShutdown("the engine is not running")
+        request_id = context.id()
+        try:
+            answers = self._planner.plan(request_id, request)
+            stream = self._drives[0].submit([answer.request for answer in answers], context.is_stopped)
+        except RequestError as error:
+            raise InvalidArgument(str(error)) from error
+        except RuntimeError as error:
+            raise EngineShutdown(str(error)) from error
+        live = LiveRequest(request_id, answers, stream)
+        self._open[stream] = live
+        return live
+
+    def _close(self, live: LiveRequest) -> None:
+        """Synchronous, and safe on any thread: a dropped stream is finalized where it is dropped."""
+        live.cancel()
+        self._open.pop(live.stream, None)
+        recording = self._recording
+        if recording is not None:
+            recording.add(live)
 
     def _num_open(self) -> int:
         """
@@ -228,94 +221,16 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         Not all streams that exist: Dynamo may drop one without the interpreter's lock, and Python
         hears of it only when Dynamo's Rust side takes the lock the next time.
         """
-        return sum(not (stream.is_cancelled or stream.is_stopped()) for stream in self._open.copy())
-
-    def _build(self) -> Engine:
-        if self._engine is None:
-            engine = build_engine(self.settings, self._warn_unmeasured)
-            self._planner = Planner(
-                OutputTokens.from_model_path(self.model_path),
-                engine.scheduler.max_model_len,
-                engine.block_size,
-                self.settings.default_osl,
-                self.settings.seed,
-                list_of_token_ids,
-            )
-            self._engine = engine
-        return self._engine
+        return sum(live.is_awaited for live in self._open.copy().values())
 
     def _warn_unmeasured(self, load: StepLoad) -> None:
         logger.warning(
             "%s was not measured at this load (%d prefill tokens, %d decoding, %d context tokens): "
             "times outside the measured range follow the roofline. Said once.",
-            self.settings.profile,
+            self.settings.engine.profile,
             load.num_tokens - load.decode_batch_size,
             load.decode_batch_size,
             load.context_tokens,
-        )
-
-    async def _next_tokens(self, stream: Stream) -> Any:
-        try:
-            return await stream.next_tokens()
-        except RuntimeError as error:
-            raise EngineShutdown(str(error)) from error
-
-    def _close(
-        self, request_id: str, stream: Stream, answers: list[Answer], finish_reason: str, arrival_unix_s: float
-    ) -> None:
-        """Synchronous, and safe on any thread: a dropped stream is finalized where it is dropped."""
-        assert self._drive is not None
-        self._drive.cancel(stream)
-        self._open.pop(stream, None)
-        recorder = self._recorder
-        if recorder is not None and recorder.keeps_requests:
-            for choice, sequence in enumerate(stream.sequences):
-                is_whole = len(stream.sent_s[choice]) == len(answers[choice].token_ids)
-                self._ended.append(
-                    RequestRow(
-                        request_id,
-                        choice,
-                        round(arrival_unix_s, 6),
-                        round(stream.arrival_s, 6),
-                        sequence.request.isl_tokens,
-                        sequence.request.osl_tokens,
-                        sequence.num_cached_tokens or 0,
-                        sequence.num_preemptions,
-                        answers[choice].finish_reason if is_whole else finish_reason,
-                        [round(due_s, 6) for due_s in stream.due_s[choice]],
-                        [round(sent_s, 6) for sent_s in stream.sent_s[choice]],
-                    )
-                )
-
-    async def _record(self, recorder: Recorder, drive: RealTimeDrive) -> None:
-        while True:
-            self._write_records(recorder, drive)
-            await asyncio.sleep(_RECORD_INTERVAL_S)
-
-    def _write_records(self, recorder: Recorder, drive: RealTimeDrive) -> None:
-        while self._ended:
-            recorder.add_request(self._ended.popleft())
-        scheduler = drive.core.scheduler
-        recorder.add_state(
-            TimelineRow(
-                unix_s=time.time(),
-                time_s=drive.now_s(),
-                num_open_requests=self._num_open(),
-                num_running=scheduler.num_running,
-                num_waiting=drive.num_waiting,
-                kv_used_blocks=scheduler.blocks.num_used,
-                kv_cached_blocks=scheduler.blocks.num_cached,
-                kv_total_blocks=scheduler.blocks.num_blocks,
-                num_output_tokens=drive.num_output_tokens,
-                num_preemptions=scheduler.num_preemptions,
-                prefix_queries_tokens=scheduler.num_prefix_queries_tokens,
-                prefix_hits_tokens=scheduler.num_prefix_hits_tokens,
-                lateness_p50_s=drive.lateness.quantile_s(0.5),
-                lateness_p99_s=drive.lateness.quantile_s(0.99),
-                cpu_s=time.process_time(),
-                num_tasks=len(asyncio.all_tasks()),
-                num_threads=threading.active_count(),
-            )
         )
 
 
@@ -327,26 +242,21 @@ class _Probe:
 
     def in_use(self) -> dict[str, int]:
         engine = self._engine
-        if engine._drive is None:
+        drives = engine._drives
+        if not drives:
             return {}
-        scheduler = engine._drive.core.scheduler
+        schedulers = [drive.core.scheduler for drive in drives]
         return {
             "requests": len(engine._open),
-            "streams": len(engine._drive.streams),
-            "running": scheduler.num_running,
-            "waiting": engine._drive.num_waiting,
-            "kv_blocks": scheduler.blocks.num_used,
+            "streams": sum(len(drive.streams) for drive in drives),
+            "running": sum(scheduler.num_running for scheduler in schedulers),
+            "waiting": sum(drive.num_waiting for drive in drives),
+            "kv_blocks": sum(scheduler.blocks.num_used for scheduler in schedulers),
         }
 
 
-def _usage(stream: Stream, num_sent: int) -> dict[str, Any]:
-    """`completion_usage` of `num_sent` tokens over all choices; the prompt counts once."""
-    first = stream.sequences[0]
-    usage: dict[str, Any] = {
-        "prompt_tokens": first.request.isl_tokens,
-        "completion_tokens": num_sent,
-        "total_tokens": first.request.isl_tokens + num_sent,
-    }
-    if first.num_cached_tokens is not None:
-        usage["prompt_tokens_details"] = {"cached_tokens": first.num_cached_tokens}
-    return {"completion_usage": usage}
+async def _next_tokens(stream: Stream) -> list[Token]:
+    try:
+        return await stream.next_tokens()
+    except RuntimeError as error:
+        raise EngineShutdown(str(error)) from error

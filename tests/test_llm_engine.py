@@ -71,20 +71,20 @@ async def serving(*flags):
 
 
 def check_nothing_left(engine):
-    scheduler = engine._drive.core.scheduler
-    check_blocks(engine._drive.core)
+    scheduler = engine._drives[0].core.scheduler
+    check_blocks(engine._drives[0].core)
     assert scheduler.blocks.num_used == 0
     assert not scheduler.num_running
     assert not scheduler.waiting
-    assert not engine._drive.streams
-    assert not engine._drive._arrivals
+    assert not engine._drives[0].streams
+    assert not engine._drives[0]._arrivals
     assert not engine._open
 
 
 def num_working(engine):
     """Sequences the engine still computes or means to."""
-    scheduler = engine._drive.core.scheduler
-    return scheduler.num_running + len(scheduler.waiting) + len(engine._drive._arrivals)
+    scheduler = engine._drives[0].core.scheduler
+    return scheduler.num_running + len(scheduler.waiting) + len(engine._drives[0]._arrivals)
 
 
 def check_shape(chunks, isl_tokens):
@@ -370,10 +370,10 @@ def test_abort_gives_everything_back_before_it_returns_and_the_stream_ends(momen
     async def main():
         async with serving() as engine:
             stream, read = await stream_at(engine, moment)
-            assert engine._drive.core.scheduler.blocks.num_used > 0
+            assert engine._drives[0].core.scheduler.blocks.num_used > 0
             await engine.abort(stream.context.fresh())  # the context itself is not told
             assert num_working(engine) == 0
-            assert engine._drive.core.scheduler.blocks.num_used == 0
+            assert engine._drives[0].core.scheduler.blocks.num_used == 0
             last = await (read or stream.read())
             assert last["token_ids"] == []
             assert last["finish_reason"] == "cancelled"
@@ -423,7 +423,7 @@ def test_a_client_that_stops_and_never_reads_again_holds_no_blocks():
             stream, _ = await stream_at(engine, "between reads")
             stream.context.stop_generating()
             await asyncio.sleep(0.021)
-            assert engine._drive.core.scheduler.blocks.num_used == 0
+            assert engine._drives[0].core.scheduler.blocks.num_used == 0
             await stream.drop()
 
     run(main())
@@ -483,7 +483,7 @@ def test_a_request_can_be_let_go_before_its_first_step_while_another_s_step_runs
             stream = BridgeStream(engine, LONG, RequestContext("r"))
             read = asyncio.create_task(stream.read())
             await asyncio.sleep(1e-6)
-            assert len(engine._drive._arrivals) == 1
+            assert len(engine._drives[0]._arrivals) == 1
             if way == "abort":
                 await engine.abort(RequestContext("r"))
             elif way == "cleanup":
@@ -491,7 +491,7 @@ def test_a_request_can_be_let_go_before_its_first_step_while_another_s_step_runs
             else:
                 read.cancel()
             await asyncio.wait([read])
-            assert not engine._drive._arrivals
+            assert not engine._drives[0]._arrivals
             assert read.cancelled() or read.result()["finish_reason"] == "cancelled"
             await stream.drop()
             rest = await busy.read_all()
@@ -622,7 +622,7 @@ def test_whatever_the_clients_do_everything_comes_back_and_who_stays_is_served(m
                     for held in client.stream._held:  # nothing before the first read
                         await held.aclose()
                     await client.stream.drop()
-                check_blocks(engine._drive.core)
+                check_blocks(engine._drives[0].core)
             for client in clients:
                 while await client.read() is not None:
                     pass
@@ -645,7 +645,7 @@ def test_cleanup_ends_open_streams_and_a_second_one_does_nothing(moment):
             stream, read = await stream_at(engine, moment)
             await engine.cleanup()
             assert num_working(engine) == 0
-            assert engine._drive.core.scheduler.blocks.num_used == 0
+            assert engine._drives[0].core.scheduler.blocks.num_used == 0
             await engine.cleanup()
             if moment == "before the first read":
                 with pytest.raises(EngineShutdown):
@@ -721,7 +721,7 @@ def test_a_bug_in_the_engine_reaches_readers_as_engine_shutdown_and_cleanup_stil
         async with serving() as engine:
             stream = BridgeStream(engine, LONG, RequestContext("r"))
             await stream.read()
-            engine._drive.core.end_step_with_tokens = lambda *_: (
+            engine._drives[0].core.end_step_with_tokens = lambda *_: (
                 1 / 0
             )  # the read that waits for this step must hear of it
             with pytest.raises(EngineShutdown, match="internal error"):

@@ -1,0 +1,103 @@
+"""
+One request of Dynamo's while it is answered: its stream of tokens, and the chunks that it becomes.
+
+    live = LiveRequest(request_id, answers, stream)
+    while not live.is_ended:
+        tokens = await live.stream.next_tokens()
+        for chunk in live.chunks(tokens):        to be yielded, in order
+
+Nothing here waits, so all of it works on any thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from mock_engine.core import Token
+from mock_engine.drive_realtime import Stream
+from mock_engine.prompt import Answer
+from mock_engine.recorder import RequestRow
+
+
+class LiveRequest:
+    """The choices of one prompt, which live and die together."""
+
+    def __init__(self, request_id: str, answers: Sequence[Answer], stream: Stream) -> None:
+        self.request_id = request_id
+        self.answers = answers
+        self.stream = stream
+        self.num_sent = 0  # tokens, over all choices
+        self._num_left = len(answers)
+        self._arrival_unix_s = time.time()
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the last token of the last choice has been made into a chunk."""
+        return self._num_left == 0
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody still waits for the answer, as far as it is known."""
+        return not (self.stream.is_cancelled or self.stream.is_stopped())
+
+    def cancel(self) -> None:
+        """Let go of the tokens that are still to come. Safe at any time, twice, and on any thread."""
+        self.stream.drive.cancel(self.stream)
+
+    def chunks(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
+        """
+        A chunk for each choice that `tokens` belong to; they go out now.
+
+        The last of all has `finish_reason` and usage: one terminal chunk ends every choice, because
+        Dynamo's adapter stops reading at the first.
+        """
+        self.stream.drive.note_sent(self.stream, tokens)
+        self.num_sent += len(tokens)
+        chunks: dict[int, dict[str, Any]] = {}
+        for token in tokens:
+            choice = token.sequence.request.choice
+            chunk = chunks.setdefault(choice, {"token_ids": [], "index": choice})
+            chunk["token_ids"].append(self.answers[choice].token_ids[token.output_index])
+            self._num_left -= token.is_last
+        last = list(chunks.values())[-1]
+        if self.is_ended:
+            last.update(finish_reason=self.answers[last["index"]].finish_reason, completion_usage=self.usage())
+        return list(chunks.values())
+
+    def cancelled_chunk(self) -> dict[str, Any]:
+        """The terminal chunk of a request that was cancelled."""
+        return {"token_ids": [], "index": 0, "finish_reason": "cancelled", "completion_usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """`completion_usage` of what has been sent, over all choices; the prompt counts once."""
+        first = self.stream.sequences[0]
+        usage: dict[str, Any] = {
+            "prompt_tokens": first.request.isl_tokens,
+            "completion_tokens": self.num_sent,
+            "total_tokens": first.request.isl_tokens + self.num_sent,
+        }
+        if first.num_cached_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": first.num_cached_tokens}
+        return usage
+
+    def rows(self) -> list[RequestRow]:
+        """What there is to be recorded, one row a choice. A choice without all its tokens was cancelled."""
+        stream = self.stream
+        return [
+            RequestRow(
+                self.request_id,
+                choice,
+                round(self._arrival_unix_s, 6),
+                round(stream.arrival_s, 6),
+                sequence.request.isl_tokens,
+                sequence.request.osl_tokens,
+                sequence.num_cached_tokens or 0,
+                sequence.num_preemptions,
+                answer.finish_reason if len(stream.sent_s[choice]) == len(answer.token_ids) else "cancelled",
+                [round(due_s, 6) for due_s in stream.due_s[choice]],
+                [round(sent_s, 6) for sent_s in stream.sent_s[choice]],
+            )
+            for choice, (sequence, answer) in enumerate(zip(stream.sequences, self.answers, strict=True))
+        ]

@@ -1,0 +1,134 @@
+"""
+Child processes that come up together and go down together.
+
+    parts = Parts(folder)
+    parts.spawn("worker-0", ["-m", "mock_engine", "worker", ...], environment)
+    parts.check()                          raises `ProcessError` if one has died
+    parts.stop()                           the last one first; returns when all are gone
+
+Each writes to `<name>.log` in the folder, and ends when this process does, even if that is killed (Linux).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mock_engine.errors import ConfigError, ProcessError
+from mock_engine.parent_death import die_with_parent
+
+_STOP_TIMEOUT_S = 10.0
+_LOG_TAIL_LINES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One child process."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log_path: Path
+
+
+class Parts:
+    """Python processes, in the order in which they were started. See the module."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.all: list[Part] = []
+
+    def spawn(self, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Part:
+        """Start Python with `arguments`; `environment` goes over this process's own."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        log_path = self._folder / f"{name}.log"
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,  # Ctrl-C is ours to handle: workers first, then the frontend
+                preexec_fn=die_with_parent() if sys.platform == "linux" else None,
+            )
+        part = Part(name, process, log_path)
+        self.all.append(part)
+        return part
+
+    def check(self) -> None:
+        """Raise `ProcessError`, saying which part died and its last words, if one did."""
+        for part in self.all:
+            status = part.process.poll()
+            if status is not None:
+                raise ProcessError(f"{part.name} {_how_it_ended(status)}.{last_words(part.log_path)}")
+
+    def stop(self) -> None:
+        """Stop all parts, the last one first, and wait until they are gone. Safe twice; not cut short by signals."""
+        with _signals_ignored():
+            for part in reversed(self.all):
+                if part.process.poll() is None:
+                    part.process.terminate()
+            deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+            for part in reversed(self.all):
+                try:
+                    part.process.wait(max(0.0, deadline_s - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    part.process.kill()
+                    part.process.wait()
+
+
+def last_words(log_path: Path) -> str:
+    """The end of a log, to be put after a sentence."""
+    lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+    return "".join(f"\n  {line}" for line in [" The last lines of its log:", *lines]) if lines else " Its log is empty."
+
+
+def http_json(url: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> Any:
+    """GET, or POST with a body; the JSON that comes back. Raises OSError or ValueError. Proxies are not for this."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=timeout_s) as response:
+        return json.loads(response.read())
+
+
+def free_port(host: str, port: int) -> int:
+    """`port`, or any free one for 0. Raises `ConfigError` if it is taken or the host is not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port; 0 takes any free one."
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _how_it_ended(status: int) -> str:
+    if status >= 0:
+        return f"ended with exit status {status}"
+    return f"was killed by {signal.Signals(-status).name}"
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Neither Ctrl-C nor SIGTERM cuts the block short. On the main thread only."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
