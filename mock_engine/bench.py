@@ -44,7 +44,7 @@ def bench(
         command = load.aiperf_command(fleet.model, fleet.url, folder / "aiperf")
         print_plain(console, shlex.join(["aiperf", *command[1:]]))
         cache_folder = folder / "engine" / "tokenizer-cache"
-        environment = aiperf_environment(settings.model_path, cache_folder)
+        environment = aiperf_environment(settings.worker.model_path, cache_folder)
         status = run_aiperf(command, environment, lambda: _check(fleet))
     for temporary in (cache_folder, folder / "engine" / "discovery"):
         shutil.rmtree(temporary, ignore_errors=True)

@@ -32,11 +32,11 @@ class Prediction:
 
 def predict(settings: FleetSettings, load: Load) -> Prediction:
     """Simulate what `bench` is about to send. Flags for AIPerf alone, such as those of its output, change nothing."""
-    if settings.engine.speedup_ratio != 1:
+    if settings.worker.engine.speedup_ratio != 1:
         return Prediction({}, "a prediction is for --speedup-ratio 1")
     try:
         workload = _workload(load)
-        deployment = DeploymentSettings((WorkerGroup(settings.engine, settings.num_workers),), has_ingress=False)
+        deployment = DeploymentSettings((WorkerGroup(settings.worker.engine, settings.num_workers),), has_ingress=False)
         results = simulate(SimulationSettings(deployment, workload, client_turnaround_s=TURNAROUND_S))
     except (ConfigError, argparse.ArgumentError) as error:
         return Prediction({}, f"no prediction: {error}")

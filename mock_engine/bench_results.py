@@ -99,7 +99,7 @@ def read_results(folder: Path, fleet: Fleet, prediction: Prediction, ready_unix_
     timelines = [read_timeline(fleet.record_folder(worker)) for worker in workers]
     aiperf = json.loads((folder / "aiperf" / AIPERF_EXPORT).read_text(encoding="utf-8"))
     whole = [row for row in requests if row.is_whole]
-    speedup_ratio = fleet.settings.engine.speedup_ratio or 1.0
+    speedup_ratio = fleet.settings.worker.engine.speedup_ratio or 1.0
     late = [sent - due for row in requests for due, sent in zip(row.due_s, row.sent_s, strict=True)]
     late_s = np.asarray(late or [0.0]) / speedup_ratio
     usage = [
@@ -189,8 +189,8 @@ def _facts(fleet: Fleet, aiperf: dict[str, Any]) -> dict[str, Any]:
         "num_workers": fleet.settings.num_workers,
         "total_kv_blocks": fleet.engine.num_blocks,
         "block_size": fleet.engine.block_size,
-        "speedup_ratio": fleet.settings.engine.speedup_ratio,
-        "seed": fleet.settings.engine.seed,
+        "speedup_ratio": fleet.settings.worker.engine.speedup_ratio,
+        "seed": fleet.settings.worker.engine.seed,
         "started": aiperf.get("start_time"),
         "mock-engine": version("mock-engine"),
         "commit": find_commit(),

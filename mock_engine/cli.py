@@ -17,6 +17,7 @@ import argparse
 import os
 import signal
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -24,14 +25,14 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import MockEngineError, ProcessError
-from mock_engine.flags import OneLineParser, add_engine_flags, add_fleet_flags, add_load_flags, add_model_flags
+from mock_engine.flags import OneLineParser, add_engine_flags, add_fleet_flags, add_load_flags, add_worker_flags
 from mock_engine.fleet import FleetSettings
 from mock_engine.import_command import add_import_flags
 from mock_engine.profile_fit.flags import add_fit_flags, add_record_flags
 from mock_engine.profile_measure.settings import add_measure_flags
 from mock_engine.simulate_flags import add_simulate_flags
+from mock_engine.worker_settings import WorkerSettings
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="Dynamo's frontend and N mock workers, in one command")
     add_fleet_flags(serve, default_port=8000)
     add_engine_flags(serve)
-    add_model_flags(serve)
+    add_worker_flags(serve)
     _add_json_flag(serve, "write URL, model, capacity and process ids there once the model answers")
     serve.set_defaults(run=_serve)
 
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add_load_flags(bench)
     add_fleet_flags(bench, default_port=0)
     add_engine_flags(bench)
-    add_model_flags(bench)
+    add_worker_flags(bench)
     _add_json_flag(bench, "write the results there too (they are in DIR/bench.json anyway)")
     bench.set_defaults(run=_bench)
 
@@ -171,9 +172,7 @@ def _worker(argv: list[str]) -> None:
 
 def _fleet_settings(flags: argparse.Namespace) -> FleetSettings:
     return FleetSettings(
-        engine=EngineSettings.from_flags(flags),
-        model_path=flags.model_path.resolve(),
-        model_name=flags.model_name,
+        worker=replace(WorkerSettings.from_flags(flags), model_path=flags.model_path.resolve()),
         num_workers=flags.workers,
         host=flags.host,
         port=flags.port,

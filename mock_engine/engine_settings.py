@@ -8,10 +8,11 @@ profile's value: what the engine of that profile would use.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from mock_engine.core import Core
 from mock_engine.errors import ConfigError
@@ -94,16 +95,7 @@ class EngineSettings:
 
     def to_argv(self) -> list[str]:
         """Flags that give these settings again, for another process."""
-        argv: list[str] = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None:
-                continue
-            if isinstance(value, bool):
-                argv.append(flag_of(field.name) if value else flag_of(f"no_{field.name}"))
-            else:
-                argv += [flag_of(field.name), str(value)]
-        return argv
+        return argv_of({field.name: getattr(self, field.name) for field in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,3 +162,17 @@ def make_engine(settings: EngineSettings, profile: Profile, times: StepTimes) ->
 def flag_of(name: str) -> str:
     """The command line's spelling of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def argv_of(values: Mapping[str, Any]) -> list[str]:
+    """Flags that give settings these values: none for None, `--no-...` for False, one for each item of a tuple."""
+    argv: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            argv.append(flag_of(name) if value else flag_of(f"no_{name}"))
+        elif isinstance(value, tuple):
+            for item in value:
+                argv += [flag_of(name), str(item)]
+        elif value is not None:
+            argv += [flag_of(name), str(value)]
+    return argv

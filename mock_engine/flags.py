@@ -75,8 +75,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, is_live: bool = True) -> N
     )
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model the worker pretends to be."""
+def add_worker_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of `WorkerSettings` that is the same for all workers of a fleet."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model-path",

@@ -15,14 +15,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mock_engine.engine_settings import DEFAULT_TOKENIZER, Engine, EngineSettings, build_engine
+from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import ConfigError, ProcessError
-from mock_engine.output_tokens import find_tokenizer
 from mock_engine.processes import Part, Parts, free_port, http_json, last_words
 from mock_engine.recorder import TimelineRow, read_status
+from mock_engine.worker_settings import WorkerSettings
 
 START_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 60.0
@@ -44,9 +44,7 @@ PLANES = ("--discovery-backend", "file", "--request-plane", "tcp", "--event-plan
 class FleetSettings:
     """What to start. `port` 0 takes any free one. Raises `ConfigError` for values out of range."""
 
-    engine: EngineSettings
-    model_path: Path = DEFAULT_TOKENIZER
-    model_name: str | None = None  # default: the profile's model
+    worker: WorkerSettings
     num_workers: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
@@ -56,7 +54,6 @@ class FleetSettings:
             raise ConfigError(f"--workers is {self.num_workers}; it must be at least 1")
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port is {self.port}; it must be 1 to 65535, or 0 for any free one")
-        find_tokenizer(self.model_path)
 
 
 class Fleet:
@@ -65,8 +62,8 @@ class Fleet:
     def __init__(self, settings: FleetSettings, folder: Path, is_recorded: bool = False) -> None:
         self.settings = settings
         self.folder = folder
-        self.engine: Engine = build_engine(settings.engine)  # finds wrong settings; nothing runs in it
-        self.model = settings.model_name or self.engine.profile.model
+        self.engine: Engine = build_engine(settings.worker.engine)  # finds wrong settings; nothing runs in it
+        self.model = settings.worker.model_name or self.engine.profile.model
         self.port = free_port(settings.host, settings.port)
         self._parts = Parts(folder)
         self._is_recorded = is_recorded
@@ -126,12 +123,13 @@ class Fleet:
 
     def _worker_arguments(self, worker: int) -> list[str]:
         # All with the same seed: an answer does not depend on the worker that gives it.
-        arguments = ["-m", "mock_engine", "worker", *self.settings.engine.to_argv(), *PLANES]
-        arguments += ["--model-path", str(self.settings.model_path), "--model-name", self.model]
-        arguments += ["--status", str(self._status_path(worker))]
-        if self._is_recorded:
-            arguments += ["--record", str(self.record_folder(worker))]
-        return arguments
+        settings = replace(
+            self.settings.worker,
+            model_name=self.model,
+            record=self.record_folder(worker) if self._is_recorded else None,
+            status=self._status_path(worker),
+        )
+        return ["-m", "mock_engine", "worker", *settings.to_argv(), *PLANES]
 
     def _wait_until_it_answers(self) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S

@@ -31,7 +31,7 @@ from mock_engine.dynamo_release import (
 )
 from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import MockEngineError, RequestError
-from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_model_flags
+from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_worker_flags
 from mock_engine.live_request import LiveRequest
 from mock_engine.output_tokens import OutputTokens
 from mock_engine.prompt import Planner
@@ -59,14 +59,14 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         """The engine, not started, and its `WorkerConfig`. Exits with status 2 and one line for a wrong flag."""
         parser = OneLineParser(prog="mock-engine worker", description="One Dynamo worker for an existing cluster.")
         add_engine_flags(parser)
-        add_model_flags(parser)
+        add_worker_flags(parser)
         add_dynamo_flags(parser)
         flags = parser.parse_args(argv)
         try:
             settings = WorkerSettings.from_flags(flags)
             engine = cls(settings)
             _ = engine._planner  # finds every wrong setting before Dynamo starts
-            Recorder(settings.record_folder, settings.status_path).close()
+            Recorder(settings.record, settings.status).close()
         except MockEngineError as error:
             parser.error(str(error))
         config = WorkerConfig(
@@ -94,8 +94,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         try:
             engine = self._engine
             _ = self._planner
-            if settings.record_folder is not None or settings.status_path is not None:
-                recorder = Recorder(settings.record_folder, settings.status_path)
+            if settings.record is not None or settings.status is not None:
+                recorder = Recorder(settings.record, settings.status)
                 self._recording = Recording(recorder, self._drives, self._num_open)
         except MockEngineError as error:
             raise EngineShutdown(str(error)) from error

@@ -57,14 +57,14 @@ def describe(fleet: Fleet) -> dict[str, Any]:
         "url": fleet.url,
         "model": fleet.model,
         "profile": engine.profile.name,
-        "tokenizer": str(fleet.settings.model_path),
+        "tokenizer": str(fleet.settings.worker.model_path),
         "num_workers": fleet.settings.num_workers,
         "total_kv_blocks": engine.num_blocks,
         "block_size": engine.block_size,
         "max_model_len": engine.scheduler.max_model_len,
         "max_num_seqs": engine.scheduler.max_num_seqs,
         "max_num_batched_tokens": engine.scheduler.max_num_batched_tokens,
-        "speedup_ratio": fleet.settings.engine.speedup_ratio,
+        "speedup_ratio": fleet.settings.worker.engine.speedup_ratio,
         "pids": {"serve": os.getpid(), **{part.name: part.process.pid for part in fleet.parts}},
     }
 
@@ -80,7 +80,7 @@ def aiperf_command(fleet: Fleet) -> str:
     """A small benchmark to try."""
     return (
         f"aiperf profile --model {fleet.model} --url {fleet.url} --endpoint-type chat --streaming "
-        f"--tokenizer {shlex.quote(str(fleet.settings.model_path))} --isl 512 --osl 128 --concurrency 8 "
+        f"--tokenizer {shlex.quote(str(fleet.settings.worker.model_path))} --isl 512 --osl 128 --concurrency 8 "
         f"--request-count 64 --extra-inputs ignore_eos:true --extra-inputs min_tokens:128"
     )
 

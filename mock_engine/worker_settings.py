@@ -5,29 +5,33 @@ What a worker is told besides its engine's settings: which model it pretends to 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings
+from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings, argv_of
+from mock_engine.output_tokens import find_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """The settings of one worker. Raises `ConfigError` for a value out of range."""
+    """The settings of one worker; field names are the flags' names. Raises `ConfigError` for a value out of range."""
 
     engine: EngineSettings = field(default_factory=EngineSettings)
     model_path: Path = DEFAULT_TOKENIZER
     model_name: str | None = None  # default: the profile's model
-    record_folder: Path | None = None
-    status_path: Path | None = None
+    record: Path | None = None  # folder of a recording
+    status: Path | None = None  # file that has the latest state
+
+    def __post_init__(self) -> None:
+        find_tokenizer(self.model_path)
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> WorkerSettings:
-        """The settings in what `llm_engine`'s parser has parsed."""
-        return cls(
-            engine=EngineSettings.from_flags(flags),
-            model_path=flags.model_path,
-            model_name=flags.model_name,
-            record_folder=flags.record,
-            status_path=flags.status,
-        )
+        """The settings in what a parser with `flags.add_engine_flags` and `add_worker_flags` has parsed."""
+        own = {each.name: getattr(flags, each.name) for each in fields(cls) if each.name in flags}
+        return cls(EngineSettings.from_flags(flags), **own)
+
+    def to_argv(self) -> list[str]:
+        """Flags of `mock-engine worker` that give these settings again."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "engine"}
+        return self.engine.to_argv() + argv_of(own)

@@ -30,10 +30,11 @@ import psutil  # type: ignore[import-untyped]
 
 from mock_engine.aiperf_process import stop_aiperf
 from mock_engine.bench_results import AIPERF_EXPORT, AIPERF_RECORDS, find_commit
-from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings
+from mock_engine.engine_settings import DEFAULT_TOKENIZER
 from mock_engine.errors import MockEngineError
 from mock_engine.fleet import PLANES, Fleet, FleetSettings
 from mock_engine.load import Load, aiperf_environment
+from mock_engine.worker_settings import WorkerSettings
 
 _ROOT = Path(__file__).resolve().parent.parent
 _MODEL = str(DEFAULT_TOKENIZER)  # folder and served name: sample_main and the mocker take one for both
@@ -63,11 +64,12 @@ class OneBackend(Fleet):
     """A fleet whose only worker is `python <arguments>`."""
 
     def __init__(self, arguments: Sequence[str], folder: Path) -> None:
-        super().__init__(FleetSettings(EngineSettings(), model_name=_MODEL, port=0), folder)
+        super().__init__(FleetSettings(WorkerSettings(model_name=_MODEL), port=0), folder)
         self._arguments = arguments
 
-    def _spawn(self, name: str, arguments: Sequence[str]) -> None:
-        super()._spawn(name, arguments if name == "frontend" else [*self._arguments, *PLANES])
+    def _worker_arguments(self, worker: int) -> list[str]:
+        del worker
+        return [*self._arguments, *PLANES]
 
 
 def backends(osl_tokens: int) -> dict[str, list[str]]:

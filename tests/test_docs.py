@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mock_engine.cli import parse
-from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_model_flags
+from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_worker_flags
 from mock_engine.profile import list_profiles, load_profile
 from mock_engine.profiles_command import summarize
 
@@ -38,7 +38,7 @@ def mock_engine_commands():
 def test_every_command_on_the_pages_is_one_that_we_have(argv):
     if argv[0] == "worker":
         parser = OneLineParser()
-        for add_flags in (add_engine_flags, add_model_flags, add_dynamo_flags):
+        for add_flags in (add_engine_flags, add_worker_flags, add_dynamo_flags):
             add_flags(parser)
         flags = parser.parse_args(argv[1:])
     else:
