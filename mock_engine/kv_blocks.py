@@ -12,13 +12,27 @@ used (held by at least one table), cached (held by nobody, content kept for
 reuse, evicted least recently used first) and free (no content).
 
 Only blocks with a hash need an identity; all others are counted. That makes
-taking and giving back cheap enough for a simulator that does little else.
+taking and giving back cheap enough for a simulator that does little else. An `observer`
+is told which hashes come and go; `Scheduler` tells it whose they are.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+from mock_engine.request import Request
+
+
+class KvObserver(Protocol):
+    """Who wants to know which blocks can be found in the cache. Called in the middle of a change: do little."""
+
+    def stored(self, request: Request, hashes: Collection[int]) -> None:
+        """From now on these blocks of `request`, in its order, can be found."""
+
+    def removed(self, hashes: Sequence[int]) -> None:
+        """They were evicted."""
 
 
 class BlockTable:
@@ -43,6 +57,7 @@ class KvBlocks:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.num_free = num_blocks
+        self.observer: KvObserver | None = None
         # Every hash in the cache -> how many tables hold it, or, when nobody does, minus the number of the release that
         # left it so. And all releases, oldest first, each with its hashes in the order of their sequence: those that
         # have been claimed since then count there no more.
@@ -117,14 +132,15 @@ class KvBlocks:
         self._num_private += num_blocks
         return True
 
-    def publish(self, table: BlockTable, hashes: Sequence[int]) -> None:
+    def publish(self, table: BlockTable, hashes: Sequence[int]) -> Collection[int]:
         """
         As many private blocks of `table` are full; from now on others can find them by `hashes`.
 
-        Where the same content is in the cache already, the block stays a private copy.
+        Where the same content is in the cache already, the block stays a private copy. Returns the hashes of
+        the others.
         """
         if not self.enable_prefix_caching:
-            return
+            return ()
         holders = self._holders
         if not holders.keys().isdisjoint(hashes):
             hashes = [block_hash for block_hash in hashes if block_hash not in holders]
@@ -133,6 +149,7 @@ class KvBlocks:
         self._num_private -= len(fresh)
         table.num_private -= len(fresh)
         table.hashes += fresh
+        return fresh
 
     def release(self, table: BlockTable) -> None:
         """Give back all that `table` holds. Hashed blocks stay cached, a sequence's last ones evicted first."""
@@ -169,6 +186,8 @@ class KvBlocks:
                 self._releases.popleft()
                 self._claimed_from.discard(release)
             deque(map(self._holders.__delitem__, evicted), maxlen=0)  # a loop, at half the cost of one in Python
+            if self.observer is not None and evicted:
+                self.observer.removed(evicted)
             num_blocks -= len(evicted)
 
     def _forget_claimed(self) -> None:

@@ -90,13 +90,15 @@ class Planner:
         stop_at = _first_stop(token_ids, stop_ids, min_tokens)
         if stop_at is not None and stop_at < osl_tokens:
             token_ids, finish_reason = token_ids[:stop_at], "stop"
+        all_ids = [*prompt, *token_ids]
         return Answer(
             Request(
                 request_id,
                 isl_tokens=len(prompt),
                 osl_tokens=len(token_ids),
-                block_hashes=hash_blocks([*prompt, *token_ids], self.block_size),
+                block_hashes=hash_blocks(all_ids, self.block_size),
                 choice=choice,
+                token_ids=all_ids,
             ),
             token_ids,
             finish_reason,

@@ -1,9 +1,9 @@
 """
 What a client asked for.
 
-A `Request` never changes. Progress lives in `scheduler.SequenceState`. Token
-ids do not appear here: the core counts tokens, and knows a prompt's content
-only through the hashes of its full KV blocks (`hash_blocks`).
+A `Request` never changes. Progress lives in `scheduler.SequenceState`. The core
+counts tokens, and knows a prompt's content only through the hashes of its full KV
+blocks (`hash_blocks`); token ids are here for those who tell others what is in the cache.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Request:
     choice: int = 0  # which of the `n` answers to one prompt this is
     num_remote_tokens: int = 0  # prompt tokens whose KV another worker has computed and handed over
     keeps_blocks: bool = False  # its KV blocks stay taken when it ends, until `Scheduler.give_back`
+    token_ids: Sequence[int] = ()  # of prompt and output, for `kv_events`; nobody else looks at them
 
     def __post_init__(self) -> None:
         if self.isl_tokens < 1:

@@ -343,7 +343,9 @@ class Scheduler(ABC):
         if num_full > sequence.num_published_blocks:
             hashes = sequence.request.block_hashes[sequence.num_published_blocks : num_full]
             if hashes:
-                self.blocks.publish(sequence.table, hashes)
+                fresh = self.blocks.publish(sequence.table, hashes)
+                if fresh and self.blocks.observer is not None:
+                    self.blocks.observer.stored(sequence.request, fresh)
             sequence.num_published_blocks = num_full
 
     def _num_blocks(self, num_tokens: int) -> int:
