@@ -29,8 +29,10 @@ from mock_engine.drive_virtual import Flight, Observer, Stretch, VirtualClock, V
 from mock_engine.engine_settings import Engine, EngineSettings, build_engines
 from mock_engine.errors import ConfigError, RequestError
 from mock_engine.request import Request
-from mock_engine.routing import RoutedLoad, Router, RouterSettings, make_router
+from mock_engine.router_settings import RouterSettings
+from mock_engine.routing import RoutedLoad, Router, make_router
 from mock_engine.step import StepLoad
+from mock_engine.worker_settings import check_data_parallel_size
 
 ROLES = ("agg", "prefill", "decode")
 TRANSFER_MODES = ("full_prompt", "destination_missing")
@@ -68,8 +70,7 @@ class DeploymentSettings:
         roles = {group.role for group in self.groups}
         if roles not in ({"agg"}, {"prefill", "decode"}):
             raise ConfigError("disaggregated serving needs both --prefill-workers and --decode-workers")
-        if self.data_parallel_size < 1:
-            raise ConfigError(f"--data-parallel-size is {self.data_parallel_size}; it must be at least 1")
+        check_data_parallel_size(self.data_parallel_size)
         if not 0 < self.kv_transfer_bandwidth < math.inf:
             raise ConfigError(f"--kv-transfer-bandwidth is {self.kv_transfer_bandwidth:g}; it must be above 0, in GB/s")
         if self.kv_transfer_timing_mode not in TRANSFER_MODES:

@@ -107,11 +107,14 @@ class RealTimeDrive:
     `cancel` can be called from anywhere.
     """
 
-    def __init__(self, core: Core, clock: Clock, speedup_ratio: float = 1.0) -> None:
+    def __init__(self, core: Core, clock: Clock, speedup_ratio: float = 1.0, dp_rank: int = 0) -> None:
         self.core = core
+        self.dp_rank = dp_rank  # which of a worker's engines this is
         self.lateness = LatenessHistogram()
         self.num_output_tokens = 0
         self.streams: dict[SequenceState, Stream] = {}
+        # Called when the core has changed and nobody else can change it: after each half of a step, and after a cancel.
+        self.on_change: Callable[[], None] = lambda: None
         self._clock = clock
         self._speedup_ratio = speedup_ratio
         self._model_now_s = 0.0  # end of the last step; the only clock there is when speedup_ratio is 0
@@ -138,6 +141,11 @@ class RealTimeDrive:
         for stream in set(self.streams.values()):
             self.cancel(stream)
         self._clock.close()
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the batch."""
+        return self.core.scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
@@ -206,6 +214,7 @@ class RealTimeDrive:
             self._arrivals.remove(stream)
         for sequence in open_sequences:
             self.core.cancel(sequence)
+        self.on_change()
         stream.is_cancelled = True
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is waiting
@@ -225,6 +234,7 @@ class RealTimeDrive:
             with self._lock:
                 self._admit_arrivals()
                 step = self.core.begin_step()
+                self.on_change()
             self._reap()
             if step is None:
                 await self._wait_for_arrival()
@@ -237,6 +247,7 @@ class RealTimeDrive:
             with self._lock:
                 self._model_now_s = end_s
                 tokens = self.core.end_step_with_tokens(step, end_s)
+                self.on_change()
                 # All are due now, and a host takes a while to send them: a delay shows in TTFT as it is, in ITL hardly.
                 for token in sorted(tokens, key=_is_later_token):
                     self._deliver(token)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -29,16 +30,20 @@ WorkerConfig: Any = _backend.WorkerConfig
 run_backend: Any = import_module(f"{_backend.__name__}.run").run
 
 HAS_DRAIN = hasattr(LLMEngine, "drain")  # of 1.2 only; where the base class has none, nobody calls it
+HAS_KV_ROUTING = hasattr(WorkerConfig, "enable_kv_routing")  # from 1.3 on workers publish KV events and loads
 
 __all__ = [
     "HAS_DRAIN",
+    "HAS_KV_ROUTING",
     "EngineShutdown",
     "InvalidArgument",
     "LLMEngine",
     "WorkerConfig",
+    "component_snapshot",
     "dynamo_version",
     "engine_config",
     "list_of_token_ids",
+    "push_source",
     "run_backend",
 ]
 
@@ -60,10 +65,11 @@ def engine_config(
     total_kv_blocks: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    data_parallel_size: int = 1,
 ) -> Any:
     """
     Dynamo's `EngineConfig`. From 1.3 the numbers live in `llm=LlmRegistration(...)`;
-    1.2 has them flat. Flat ones are silently ignored from 1.3 on.
+    1.2 has them flat, and no data-parallel ranks. Flat ones are silently ignored from 1.3 on.
     """
     numbers = {
         "context_length": context_length,
@@ -74,9 +80,27 @@ def engine_config(
     }
     if hasattr(_backend, "LlmRegistration"):
         return _backend.EngineConfig(
-            model=model, served_model_name=served_model_name, llm=_backend.LlmRegistration(**numbers)
+            model=model,
+            served_model_name=served_model_name,
+            llm=_backend.LlmRegistration(**numbers, data_parallel_size=data_parallel_size),
         )
     return _backend.EngineConfig(model=model, served_model_name=served_model_name, **numbers)
+
+
+def push_source(on_ready: Callable[[Any], None], dp_rank: int) -> Any:
+    """Dynamo's `PushSource`: its worker calls `on_ready` with a `KvEventPublisher` of that rank. From 1.3 on."""
+    return import_module(f"{_backend.__name__}.publisher").PushSource(on_ready=on_ready, dp_rank=dp_rank)
+
+
+def component_snapshot(dp_rank: int, num_used_blocks: int, num_blocks: int, hit_rate: float | None) -> Any:
+    """Dynamo's `ComponentSnapshot` of one rank. From 1.3 on."""
+    return import_module(f"{_backend.__name__}.publisher").ComponentSnapshot(
+        kv_used_blocks=num_used_blocks,
+        kv_total_blocks=num_blocks,
+        gpu_cache_usage=num_used_blocks / num_blocks,
+        dp_rank=dp_rank,
+        kv_cache_hit_rate=hit_rate,
+    )
 
 
 def list_of_token_ids(token_ids: Any) -> list[int]:

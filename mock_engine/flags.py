@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, ENGINE_TYPES, EngineSettings, flag_of
+from mock_engine.router_settings import ROUTER_MODES, RouterSettings
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -85,6 +86,13 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         help="local model folder with a tokenizer (default: the one we ship)",
     )
     group.add_argument("--model-name", help="name that clients use (default: the profile's model)")
+    group = parser.add_argument_group("worker")
+    add_data_parallel_flag(group)
+    group.add_argument(
+        "--enable-kv-events",
+        action=argparse.BooleanOptionalAction,
+        help="tell the router what is in the KV cache (default: yes; in a fleet, if it routes by that)",
+    )
 
 
 def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +105,12 @@ def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--discovery-backend", default=os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"))
     group.add_argument("--request-plane", default=os.environ.get("DYN_REQUEST_PLANE", "tcp"))
     group.add_argument("--event-plane", default=os.environ.get("DYN_EVENT_PLANE"))
+    group.add_argument(
+        "--enable-kv-routing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="publish KV events and loads at all; off: Dynamo sets up no publisher (on)",
+    )
     group.add_argument("--record", type=Path, metavar="DIR", help="write timeline.jsonl and requests.jsonl there")
     group.add_argument("--status", type=Path, metavar="FILE", help="keep the engine's latest state there, as JSON")
 
@@ -108,6 +122,43 @@ def add_fleet_flags(parser: argparse.ArgumentParser, default_port: int) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address the frontend listens on (%(default)s)")
     group.add_argument(
         "--port", type=int, default=default_port, help="port it listens on; 0: any free one (%(default)s)"
+    )
+
+
+def add_router_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of `RouterSettings`."""
+    router = RouterSettings()
+    group = parser.add_argument_group("router", "spelled as in 'python -m dynamo.frontend'")
+    group.add_argument(
+        "--router-mode", default=router.router_mode, metavar="MODE", help=f"{', '.join(ROUTER_MODES)} (%(default)s)"
+    )
+    group.add_argument(
+        "--router-kv-overlap-score-credit",
+        type=float,
+        default=router.router_kv_overlap_score_credit,
+        metavar="X",
+        help="of a cached block, against one to prefill (%(default)s)",
+    )
+    group.add_argument(
+        "--router-prefill-load-scale",
+        type=float,
+        default=router.router_prefill_load_scale,
+        metavar="X",
+        help="of a block to prefill, against one that decodes (%(default)s)",
+    )
+    group.add_argument(
+        "--router-temperature",
+        type=float,
+        default=router.router_temperature,
+        metavar="X",
+        help="of the draw by cost; 0: always the lowest (%(default)s)",
+    )
+
+
+def add_data_parallel_flag(group: argparse._ArgumentGroup) -> None:
+    """Add the flag that says how many engines a worker has."""
+    group.add_argument(
+        "--data-parallel-size", type=int, default=1, metavar="N", help="engines in each worker (%(default)s)"
     )
 
 

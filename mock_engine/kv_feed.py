@@ -1,12 +1,11 @@
 """
 Dynamo's router is told what the KV caches of a worker hold, and how full they are.
 
-    feed = KvFeed(block_size, num_ranks)
-    feed.attach_kv(rank, publisher)       Dynamo hands a publisher over, on whatever thread: from now on events go out
-    blocks.observer = feed.observer(rank)
-    feed.attach_loads(publish)            the same for loads
-    feed.note_load(rank, load)            at every change; published when it has changed, 20 times a second at most
-    feed.close()                          all that was stored is removed; nothing goes out after this
+    feed = KvFeed(block_size, schedulers)      one scheduler for each data-parallel rank
+    feed.attach_kv(rank, publisher)            Dynamo hands a publisher over: from now on events go out
+    feed.attach_loads(publish)                 the same for loads
+    feed.note_load(rank)                       it may have changed; published 20 times a second at most
+    feed.close()                               all that was stored is removed; nothing goes out after this
 
 Both are published by one thread, which starts when there is somebody to publish to. Whoever changes the cache
 (the loop, or any thread on which a request is cancelled) only puts a note into a queue; events are worked out here.
@@ -23,9 +22,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from mock_engine.kv_blocks import KvObserver
 from mock_engine.kv_events import KvEvent, KvEventLog, Stored
 from mock_engine.request import Request
+from mock_engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +51,23 @@ class KvLoad:
     hit_rate: float | None
 
 
-class KvFeed:
-    """See the module. All methods may be called on any thread."""
+def _load_of(scheduler: Scheduler) -> KvLoad:
+    blocks, num_queries = scheduler.blocks, scheduler.num_prefix_queries_tokens
+    has_rate = num_queries and blocks.enable_prefix_caching
+    hit_rate = scheduler.num_prefix_hits_tokens / num_queries if has_rate else None
+    return KvLoad(blocks.num_used, blocks.num_blocks, hit_rate)
 
-    def __init__(self, block_size: int, num_ranks: int) -> None:
-        self._logs = [KvEventLog(block_size) for _ in range(num_ranks)]
-        self._publishers: list[KvPublisher | None] = [None] * num_ranks
+
+class KvFeed:
+    """See the module. All methods but `note_load` may be called on any thread, at any time."""
+
+    def __init__(self, block_size: int, schedulers: Sequence[Scheduler]) -> None:
+        self._schedulers = schedulers
+        self._logs = [KvEventLog(block_size) for _ in schedulers]
+        self._publishers: list[KvPublisher | None] = [None] * len(schedulers)
         self._publish_load: Callable[[int, KvLoad], None] | None = None
-        self._loads: dict[int, KvLoad] = {}
-        self._published_loads: dict[int, KvLoad] = {}
+        self._loads = [_load_of(scheduler) for scheduler in schedulers]
+        self._published_loads: list[KvLoad | None] = [None] * len(schedulers)
         self._loads_published_s = float("-inf")
         self._has_new_loads = False
         # Reentrant, unlike `queue.Queue`: a request can be cancelled by a garbage collection in the middle of `put`.
@@ -74,6 +81,7 @@ class KvFeed:
     def attach_kv(self, rank: int, publisher: KvPublisher) -> None:
         """Send the events of that rank there."""
         self._publishers[rank] = publisher
+        self._schedulers[rank].blocks.observer = _Observer(self, rank)
         self._start()
 
     def attach_loads(self, publish: Callable[[int, KvLoad], None]) -> None:
@@ -84,13 +92,9 @@ class KvFeed:
 
     # What is told.
 
-    def observer(self, rank: int) -> KvObserver:
-        """For the `KvBlocks` of that rank."""
-        return _Observer(self, rank)
-
-    def note_load(self, rank: int, load: KvLoad) -> None:
-        """That is how full the cache of a rank is now."""
-        self._loads[rank] = load
+    def note_load(self, rank: int) -> None:
+        """The cache of a rank may be more or less full than before. To be called while nobody else can change it."""
+        self._loads[rank] = _load_of(self._schedulers[rank])
         if self._publish_load is not None and not self._has_new_loads:
             self._has_new_loads = True
             self._put(self._loads_are_new)
@@ -166,8 +170,8 @@ class KvFeed:
     def _publish_loads(self) -> None:
         self._has_new_loads = False  # first: what is noted from here on is published next time
         self._loads_published_s = time.monotonic()
-        for rank, load in list(self._loads.items()):
-            if self._publish_load is None or load == self._published_loads.get(rank):
+        for rank, load in enumerate(self._loads):
+            if self._publish_load is None or load == self._published_loads[rank]:
                 continue
             self._published_loads[rank] = load
             try:

@@ -98,6 +98,7 @@ class LiveRequest:
                 answer.finish_reason if len(stream.sent_s[choice]) == len(answer.token_ids) else "cancelled",
                 [round(due_s, 6) for due_s in stream.due_s[choice]],
                 [round(sent_s, 6) for sent_s in stream.sent_s[choice]],
+                stream.drive.dp_rank,
             )
             for choice, (sequence, answer) in enumerate(zip(stream.sequences, self.answers, strict=True))
         ]

@@ -15,26 +15,31 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from mock_engine.core import Token
 from mock_engine.drive_realtime import RealTimeDrive, Stream
 from mock_engine.dynamo_release import (
     HAS_DRAIN,
+    HAS_KV_ROUTING,
     EngineShutdown,
     InvalidArgument,
     LLMEngine,
     WorkerConfig,
+    component_snapshot,
     engine_config,
     list_of_token_ids,
+    push_source,
 )
-from mock_engine.engine_settings import Engine, build_engine
+from mock_engine.engine_settings import Engine, build_engines
 from mock_engine.errors import MockEngineError, RequestError
 from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_worker_flags
+from mock_engine.kv_feed import KvFeed, KvLoad
 from mock_engine.live_request import LiveRequest
 from mock_engine.output_tokens import OutputTokens
 from mock_engine.prompt import Planner
+from mock_engine.rank_choice import choose_rank
 from mock_engine.realtime_clock import RealTimeClock
 from mock_engine.recorder import Recorder
 from mock_engine.recording import INTERVAL_S, Recording
@@ -50,6 +55,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         self._drives: list[RealTimeDrive] = []  # one for each data-parallel rank; none before `start`
+        self._kv_feed: KvFeed | None = None
         self._recording: Recording | None = None
         self._open: dict[Stream, LiveRequest] = {}  # `_close` changes it on any thread
         self._is_stopped = False
@@ -79,6 +85,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             discovery_backend=flags.discovery_backend,
             request_plane=flags.request_plane,
             event_plane=flags.event_plane,
+            **({"enable_kv_routing": flags.enable_kv_routing} if HAS_KV_ROUTING else {}),
         )
         return engine, config
 
@@ -99,9 +106,12 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 self._recording = Recording(recorder, self._drives, self._num_open)
         except MockEngineError as error:
             raise EngineShutdown(str(error)) from error
-        drive = RealTimeDrive(engine.core, RealTimeClock(), settings.engine.speedup_ratio)
-        self._drives.append(drive)
-        drive.start()
+        feed = self._kv_feed = KvFeed(engine.block_size, [each.core.scheduler for each in self._engines])
+        for rank, each in enumerate(self._engines):
+            drive = RealTimeDrive(each.core, RealTimeClock(), settings.engine.speedup_ratio, rank)
+            drive.on_change = partial(feed.note_load, rank)
+            self._drives.append(drive)
+            drive.start()
         if self._recording is not None:
             self._recording.start()
         logger.info(
@@ -120,7 +130,27 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             total_kv_blocks=engine.num_blocks,
             max_num_seqs=engine.scheduler.max_num_seqs,
             max_num_batched_tokens=engine.scheduler.max_num_batched_tokens,
+            data_parallel_size=len(self._engines),
         )
+
+    async def kv_event_sources(self) -> list[Any]:
+        """One `PushSource` for each data-parallel rank: the router learns what is in its KV cache."""
+        if self._kv_feed is None or self.settings.enable_kv_events is False:
+            return []
+        return [push_source(partial(self._kv_feed.attach_kv, rank), rank) for rank in range(len(self._engines))]
+
+    def component_metrics_dp_ranks(self) -> list[int]:
+        """All data-parallel ranks: each publishes how full its KV cache is."""
+        return list(range(len(self._engines)))
+
+    def attach_snapshot_publisher(self, publisher: Any) -> None:
+        """Dynamo takes the loads of all ranks there."""
+
+        def publish(rank: int, load: KvLoad) -> None:
+            publisher.publish(rank, component_snapshot(rank, load.num_used_blocks, load.num_blocks, load.hit_rate))
+
+        if self._kv_feed is not None:
+            self._kv_feed.attach_loads(publish)
 
     async def generate(self, request: Mapping[str, Any], context: Any) -> AsyncGenerator[dict[str, Any], None]:
         """
@@ -155,6 +185,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         self._is_stopped = True
         for drive in self._drives:
             await drive.stop()
+        if self._kv_feed is not None:
+            self._kv_feed.close()
         recording, self._recording = self._recording, None
         if recording is not None:
             await recording.stop()
@@ -175,9 +207,16 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         return _Probe(self)
 
     @cached_property
+    def _engines(self) -> list[Engine]:
+        """What the settings make, one for each data-parallel rank. Raises `ProfileError` or `ConfigError`."""
+        settings = self.settings.engine
+        seeds = range(settings.seed, settings.seed + self.settings.data_parallel_size)
+        return build_engines(settings, seeds, self._warn_unmeasured)
+
+    @property
     def _engine(self) -> Engine:
-        """What the settings make. Raises `ProfileError` or `ConfigError`."""
-        return build_engine(self.settings.engine, self._warn_unmeasured)
+        """The first: in what can be said of it, all are alike."""
+        return self._engines[0]
 
     @cached_property
     def _planner(self) -> Planner:
@@ -197,7 +236,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         request_id = context.id()
         try:
             answers = self._planner.plan(request_id, request)
-            stream = self._drives[0].submit([answer.request for answer in answers], context.is_stopped)
+            drive = self._drives[choose_rank(request, self._drives)]
+            stream = drive.submit([answer.request for answer in answers], context.is_stopped)
         except RequestError as error:
             raise InvalidArgument(str(error)) from error
         except RuntimeError as error:

@@ -62,6 +62,7 @@ class RequestRow:
     finish_reason: str
     due_s: list[float]
     sent_s: list[float]
+    dp_rank: int = 0
 
     @property
     def is_whole(self) -> bool:

@@ -1,7 +1,7 @@
 """
 Which worker gets a request: the policies of Dynamo's frontend, under its names.
 
-    router = make_router(RouterSettings(mode="kv"), rng)
+    router = make_router(RouterSettings("kv"), rng)
     rank = router(request, ranks)
 
 A data-parallel rank counts as a worker of its own, as it does for Dynamo's KV router.
@@ -9,37 +9,15 @@ A data-parallel rank counts as a worker of its own, as it does for Dynamo's KV r
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
 from mock_engine.drive_virtual import Flight, VirtualDrive
-from mock_engine.errors import ConfigError
 from mock_engine.request import Request
-
-ROUTER_MODES = ("round-robin", "random", "power-of-two", "least-loaded", "kv")
-
-
-@dataclass(frozen=True, slots=True)
-class RouterSettings:
-    """Field names are the flags of `dynamo.frontend` 1.4.2. Raises `ConfigError` for a value out of range."""
-
-    router_mode: str = "round-robin"
-    router_kv_overlap_score_credit: float = 1.0
-    router_prefill_load_scale: float = 1.0
-    router_temperature: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.router_mode not in ROUTER_MODES:
-            raise ConfigError(f"--router-mode is {self.router_mode!r}; allowed is {', '.join(ROUTER_MODES)}")
-        for name in ("router_kv_overlap_score_credit", "router_prefill_load_scale", "router_temperature"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; it must be 0 or more")
+from mock_engine.router_settings import RouterSettings
 
 
 class RoutedLoad:

@@ -15,8 +15,8 @@ from typing import TypeVar
 from mock_engine.deployment import TRANSFER_MODES, DeploymentSettings, WorkerGroup
 from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import ConfigError
-from mock_engine.flags import add_engine_flags, add_shared_load_flags
-from mock_engine.routing import ROUTER_MODES, RouterSettings
+from mock_engine.flags import add_data_parallel_flag, add_engine_flags, add_router_flags, add_shared_load_flags
+from mock_engine.router_settings import RouterSettings
 from mock_engine.simulation import SimulationSettings
 from mock_engine.slos import parse_slos
 from mock_engine.workload import Workload
@@ -125,7 +125,7 @@ def add_workload_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_simulated_deployment_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is deployed in a simulation, spelled as Dynamo spells them where it has them."""
-    router, defaults = RouterSettings(), DeploymentSettings((WorkerGroup(EngineSettings()),))
+    defaults = DeploymentSettings((WorkerGroup(EngineSettings()),))
     group = parser.add_argument_group("deployment")
     group.add_argument("--workers", type=int, metavar="N", help="workers that do all of a request (1)")
     group.add_argument(
@@ -139,9 +139,7 @@ def add_simulated_deployment_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefill-workers", type=int, metavar="N", help="workers that only compute prompts")
     group.add_argument("--decode-workers", type=int, metavar="N", help="workers that only make output tokens")
     group.add_argument("--decode-profile", metavar="PROFILE", help="of the decode workers (default: --profile)")
-    group.add_argument(
-        "--data-parallel-size", type=int, default=1, metavar="N", help="engines in each worker (%(default)s)"
-    )
+    add_data_parallel_flag(group)
     group.add_argument(
         "--kv-transfer-bandwidth",
         type=float,
@@ -172,31 +170,7 @@ def add_simulated_deployment_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how often a request of a lost worker is sent to another (%(default)s)",
     )
-    group = parser.add_argument_group("router", "spelled as in 'python -m dynamo.frontend'")
-    group.add_argument(
-        "--router-mode", default=router.router_mode, metavar="MODE", help=f"{', '.join(ROUTER_MODES)} (%(default)s)"
-    )
-    group.add_argument(
-        "--router-kv-overlap-score-credit",
-        type=float,
-        default=router.router_kv_overlap_score_credit,
-        metavar="X",
-        help="of a cached block, against one to prefill (%(default)s)",
-    )
-    group.add_argument(
-        "--router-prefill-load-scale",
-        type=float,
-        default=router.router_prefill_load_scale,
-        metavar="X",
-        help="of a block to prefill, against one that decodes (%(default)s)",
-    )
-    group.add_argument(
-        "--router-temperature",
-        type=float,
-        default=router.router_temperature,
-        metavar="X",
-        help="of the draw by cost; 0: always the lowest (%(default)s)",
-    )
+    add_router_flags(parser)
 
 
 def _numbered(value_type: Callable[[str], T]) -> Callable[[str], tuple[int, T]]:
@@ -223,9 +197,7 @@ def settings_from_flags(flags: argparse.Namespace) -> SimulationSettings:
         deployment=DeploymentSettings(
             groups=_worker_groups(flags),
             data_parallel_size=flags.data_parallel_size,
-            router=RouterSettings(
-                **{field.name: getattr(flags, field.name) for field in dataclasses.fields(RouterSettings)}
-            ),
+            router=RouterSettings.from_flags(flags),
             kv_transfer_bandwidth=flags.kv_transfer_bandwidth,
             kv_transfer_timing_mode=flags.kv_transfer_timing_mode,
             startup_time=flags.startup_time,

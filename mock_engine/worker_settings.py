@@ -1,5 +1,6 @@
 """
-What a worker is told besides its engine's settings: which model it pretends to be, and where it records.
+What a worker is told besides its engine's settings: which model it pretends to be, how many engines it has, what it
+publishes, and where it records.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings, argv_of
+from mock_engine.errors import ConfigError
 from mock_engine.output_tokens import find_tokenizer
 
 
@@ -19,11 +21,14 @@ class WorkerSettings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     model_path: Path = DEFAULT_TOKENIZER
     model_name: str | None = None  # default: the profile's model
+    data_parallel_size: int = 1  # engines in it, each with its own KV cache and GPUs
+    enable_kv_events: bool | None = None  # default: yes; in a fleet, if its router wants them
     record: Path | None = None  # folder of a recording
     status: Path | None = None  # file that has the latest state
 
     def __post_init__(self) -> None:
         find_tokenizer(self.model_path)
+        check_data_parallel_size(self.data_parallel_size)
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> WorkerSettings:
@@ -35,3 +40,9 @@ class WorkerSettings:
         """Flags of `mock-engine worker` that give these settings again."""
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "engine"}
         return self.engine.to_argv() + argv_of(own)
+
+
+def check_data_parallel_size(size: int) -> None:
+    """Raise `ConfigError` for what `--data-parallel-size` cannot be."""
+    if size < 1:
+        raise ConfigError(f"--data-parallel-size is {size}; it must be at least 1")

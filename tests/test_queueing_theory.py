@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mock_engine.clients import ClientSettings
 from mock_engine.engine_settings import EngineSettings
-from mock_engine.routing import ROUTER_MODES, RouterSettings
+from mock_engine.router_settings import ROUTER_MODES, RouterSettings
 from mock_engine.simulation import SimulationSettings
 from mock_engine.workload import Workload
 from tests.helpers.deployments import (

@@ -14,7 +14,8 @@ from mock_engine.deployment import DeploymentSettings, WorkerGroup
 from mock_engine.drive_virtual import VirtualClock, VirtualDrive
 from mock_engine.errors import ConfigError
 from mock_engine.request import Request
-from mock_engine.routing import RoutedLoad, RouterSettings, make_router
+from mock_engine.router_settings import RouterSettings
+from mock_engine.routing import RoutedLoad, make_router
 from mock_engine.simulation import SimulationSettings
 from mock_engine.workload import Workload
 from tests.helpers.deployments import A100, H100, aggregated, decode_s, prefill_s, send, single, small_engine, watch

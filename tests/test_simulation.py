@@ -21,7 +21,7 @@ from mock_engine.clients import Conversation
 from mock_engine.deployment import DeploymentSettings, Job
 from mock_engine.drive_virtual import Flight
 from mock_engine.errors import ConfigError
-from mock_engine.routing import RouterSettings
+from mock_engine.router_settings import RouterSettings
 from mock_engine.sequence import SequenceState
 from mock_engine.simulation import SimulationSettings, simulate
 from mock_engine.simulation_results import RequestLog

@@ -24,7 +24,7 @@ from mock_engine.deployment import ROLES, TRANSFER_MODES, Deployment, Deployment
 from mock_engine.drive_virtual import VirtualClock
 from mock_engine.engine_settings import EngineSettings
 from mock_engine.profile import load_profile
-from mock_engine.routing import ROUTER_MODES, RouterSettings
+from mock_engine.router_settings import ROUTER_MODES, RouterSettings
 from mock_engine.session import Session, Turn, chain_turns
 from mock_engine.simulation import SimulationResults, SimulationSettings
 from mock_engine.step import PrefillChunk, StepLoad
