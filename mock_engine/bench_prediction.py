@@ -36,7 +36,12 @@ def predict(settings: FleetSettings, load: Load) -> Prediction:
         return Prediction({}, "a prediction is for --speedup-ratio 1")
     try:
         workload = _workload(load)
-        deployment = DeploymentSettings((WorkerGroup(settings.worker.engine, settings.num_workers),), has_ingress=False)
+        deployment = DeploymentSettings(
+            (WorkerGroup(settings.worker.engine, settings.num_workers),),
+            data_parallel_size=settings.worker.data_parallel_size,
+            router=settings.router,
+            has_ingress=False,
+        )
         results = simulate(SimulationSettings(deployment, workload, client_turnaround_s=TURNAROUND_S))
     except (ConfigError, argparse.ArgumentError) as error:
         return Prediction({}, f"no prediction: {error}")

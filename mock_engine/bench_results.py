@@ -187,6 +187,8 @@ def _facts(fleet: Fleet, aiperf: dict[str, Any]) -> dict[str, Any]:
     return {
         "profile": fleet.engine.profile.name,
         "num_workers": fleet.settings.num_workers,
+        "data_parallel_size": fleet.settings.worker.data_parallel_size,
+        "router_mode": fleet.settings.router.router_mode,
         "total_kv_blocks": fleet.engine.num_blocks,
         "block_size": fleet.engine.block_size,
         "speedup_ratio": fleet.settings.worker.engine.speedup_ratio,

@@ -88,11 +88,12 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model-name", help="name that clients use (default: the profile's model)")
     group = parser.add_argument_group("worker")
     add_data_parallel_flag(group)
-    group.add_argument(
-        "--enable-kv-events",
-        action=argparse.BooleanOptionalAction,
-        help="tell the router what is in the KV cache (default: yes; in a fleet, if it routes by that)",
-    )
+    for name, text in (("kv_events", "tell the router what is in the KV cache"), ("kv_routing", "that, and loads")):
+        group.add_argument(
+            flag_of(f"enable_{name}"),
+            action=argparse.BooleanOptionalAction,
+            help=f"{text} (default: yes; of serve and bench: with --router-mode kv)",
+        )
 
 
 def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
@@ -105,12 +106,6 @@ def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--discovery-backend", default=os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"))
     group.add_argument("--request-plane", default=os.environ.get("DYN_REQUEST_PLANE", "tcp"))
     group.add_argument("--event-plane", default=os.environ.get("DYN_EVENT_PLANE"))
-    group.add_argument(
-        "--enable-kv-routing",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="publish KV events and loads at all; off: Dynamo sets up no publisher (on)",
-    )
     group.add_argument("--record", type=Path, metavar="DIR", help="write timeline.jsonl and requests.jsonl there")
     group.add_argument("--status", type=Path, metavar="FILE", help="keep the engine's latest state there, as JSON")
 
@@ -123,6 +118,7 @@ def add_fleet_flags(parser: argparse.ArgumentParser, default_port: int) -> None:
     group.add_argument(
         "--port", type=int, default=default_port, help="port it listens on; 0: any free one (%(default)s)"
     )
+    add_router_flags(parser)
 
 
 def add_router_flags(parser: argparse.ArgumentParser) -> None:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import ConfigError, ProcessError
 from mock_engine.processes import Part, Parts, free_port, http_json, last_words
 from mock_engine.recorder import TimelineRow, read_status
+from mock_engine.router_settings import RouterSettings
 from mock_engine.worker_settings import WorkerSettings
 
 START_TIMEOUT_S = 120.0
@@ -46,6 +47,7 @@ class FleetSettings:
 
     worker: WorkerSettings
     num_workers: int = 1
+    router: RouterSettings = field(default_factory=RouterSettings)
     host: str = "127.0.0.1"
     port: int = 8000
 
@@ -54,6 +56,27 @@ class FleetSettings:
             raise ConfigError(f"--workers is {self.num_workers}; it must be at least 1")
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port is {self.port}; it must be 1 to 65535, or 0 for any free one")
+
+    @property
+    def has_kv_events(self) -> bool:
+        """Whether the workers tell the router what is in their KV caches."""
+        worker, is_routed_by_kv = self.worker, self.router.router_mode == "kv"
+        return all(is_routed_by_kv if on is None else on for on in (worker.enable_kv_events, worker.enable_kv_routing))
+
+    def worker_settings(self, model_name: str, record: Path | None, status: Path) -> WorkerSettings:
+        """
+        Of one worker. What it publishes, unless the user says so, follows from the router: Dynamo's ZMQ event plane
+        (1.3.1 to 1.6.1) listens on all interfaces, so it is not used for nothing.
+        """
+        worker, is_routed_by_kv = self.worker, self.router.router_mode == "kv"
+        return replace(
+            worker,
+            model_name=model_name,
+            enable_kv_events=self.has_kv_events,
+            enable_kv_routing=is_routed_by_kv if worker.enable_kv_routing is None else worker.enable_kv_routing,
+            record=record,
+            status=status,
+        )
 
 
 class Fleet:
@@ -119,16 +142,15 @@ class Fleet:
 
     def _frontend_arguments(self) -> list[str]:
         where = ["--http-host", self.settings.host, "--http-port", str(self.port)]
-        return ["-m", "mock_engine.frontend", *where, *PLANES]
+        router = self.settings.router.to_argv()
+        if self.settings.router.router_mode == "kv" and not self.settings.has_kv_events:
+            router.append("--no-router-kv-events")  # it goes by where it has sent prompts
+        return ["-m", "mock_engine.frontend", *where, *PLANES, *router]
 
     def _worker_arguments(self, worker: int) -> list[str]:
         # All with the same seed: an answer does not depend on the worker that gives it.
-        settings = replace(
-            self.settings.worker,
-            model_name=self.model,
-            record=self.record_folder(worker) if self._is_recorded else None,
-            status=self._status_path(worker),
-        )
+        record = self.record_folder(worker) if self._is_recorded else None
+        settings = self.settings.worker_settings(self.model, record, self._status_path(worker))
         return ["-m", "mock_engine", "worker", *settings.to_argv(), *PLANES]
 
     def _wait_until_it_answers(self) -> None:

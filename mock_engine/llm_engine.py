@@ -85,7 +85,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             discovery_backend=flags.discovery_backend,
             request_plane=flags.request_plane,
             event_plane=flags.event_plane,
-            **({"enable_kv_routing": flags.enable_kv_routing} if HAS_KV_ROUTING else {}),
+            **({"enable_kv_routing": settings.enable_kv_routing is not False} if HAS_KV_ROUTING else {}),
         )
         return engine, config
 

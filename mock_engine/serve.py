@@ -59,6 +59,8 @@ def describe(fleet: Fleet) -> dict[str, Any]:
         "profile": engine.profile.name,
         "tokenizer": str(fleet.settings.worker.model_path),
         "num_workers": fleet.settings.num_workers,
+        "data_parallel_size": fleet.settings.worker.data_parallel_size,
+        "router_mode": fleet.settings.router.router_mode,
         "total_kv_blocks": engine.num_blocks,
         "block_size": engine.block_size,
         "max_model_len": engine.scheduler.max_model_len,
@@ -88,7 +90,11 @@ def aiperf_command(fleet: Fleet) -> str:
 def print_welcome(fleet: Fleet, console: Console) -> None:
     """URL, model, profile, capacity, and two commands to copy."""
     facts = describe(fleet)
-    workers = "1 worker with" if facts["num_workers"] == 1 else f"{facts['num_workers']} workers, each with"
+    num_workers, num_ranks = facts["num_workers"], facts["data_parallel_size"]
+    workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
+    if num_ranks > 1:
+        workers += f" of {num_ranks} ranks"
+    workers += " with" if num_workers * num_ranks == 1 else ", each with"
     rows = {
         "URL": f"{fleet.url}/v1",
         "model": fleet.model,

@@ -22,7 +22,8 @@ class WorkerSettings:
     model_path: Path = DEFAULT_TOKENIZER
     model_name: str | None = None  # default: the profile's model
     data_parallel_size: int = 1  # engines in it, each with its own KV cache and GPUs
-    enable_kv_events: bool | None = None  # default: yes; in a fleet, if its router wants them
+    enable_kv_events: bool | None = None  # default: yes; in a fleet, if its router goes by them
+    enable_kv_routing: bool | None = None  # these and loads are published at all; the same default
     record: Path | None = None  # folder of a recording
     status: Path | None = None  # file that has the latest state
 

@@ -17,7 +17,11 @@ ENGINE = "mock_engine:MockLLMEngine"
     [
         ("plain", "--speedup-ratio 100"),
         ("bridge", "--speedup-ratio 100"),
-        pytest.param("bridge", "--speedup-ratio 0 --num-gpu-blocks-override 40 --max-model-len 512", id="bridge-tight"),
+        pytest.param(
+            "bridge",
+            "--speedup-ratio 0 --num-gpu-blocks-override 40 --max-model-len 512 --data-parallel-size 2",
+            id="bridge-tight",
+        ),
         pytest.param("worker", "--speedup-ratio 100", marks=pytest.mark.e2e),
     ],
 )

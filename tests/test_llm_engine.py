@@ -71,13 +71,14 @@ async def serving(*flags):
 
 
 def check_nothing_left(engine):
-    scheduler = engine._drives[0].core.scheduler
-    check_blocks(engine._drives[0].core)
-    assert scheduler.blocks.num_used == 0
-    assert not scheduler.num_running
-    assert not scheduler.waiting
-    assert not engine._drives[0].streams
-    assert not engine._drives[0]._arrivals
+    for drive in engine._drives:
+        scheduler = drive.core.scheduler
+        check_blocks(drive.core)
+        assert scheduler.blocks.num_used == 0
+        assert not scheduler.num_running
+        assert not scheduler.waiting
+        assert not drive.streams
+        assert not drive._arrivals
     assert not engine._open
 
 
@@ -631,6 +632,39 @@ def test_whatever_the_clients_do_everything_comes_back_and_who_stays_is_served(m
                     tokens = check_shape(client.chunks, client.isl_tokens)
                     assert sum(map(len, tokens.values())) == client.num_tokens
                     assert client.chunks[-1]["finish_reason"] == "length"
+
+    run(main())
+
+
+# Data-parallel ranks.
+
+
+async def cached_tokens(engine, rank):
+    request = {**SHORT, "routing": {"dp_rank": rank}}
+    return (await answer(engine, request))[-1]["completion_usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_each_rank_has_a_cache_of_its_own_and_the_router_chooses_among_them():
+    async def main():
+        async with serving("--data-parallel-size", "3") as engine:
+            found = [await cached_tokens(engine, rank) for rank in (1, 1, 2, 1, 2, 0, 3, None)]
+            whole = len(PROMPT) // BLOCK_SIZE * BLOCK_SIZE - BLOCK_SIZE  # never the last token
+            assert found == [0, whole, 0, whole, whole, 0, whole, whole]
+            assert engine.component_metrics_dp_ranks() == [0, 1, 2]
+
+    run(main())
+
+
+def test_where_the_router_does_not_choose_requests_go_to_the_rank_that_has_the_fewest():
+    async def main():
+        async with serving("--data-parallel-size", "3") as engine:
+            streams = [BridgeStream(engine, LONG, RequestContext(f"r{i}")) for i in range(6)]
+            for stream in streams:
+                await stream.read()
+            assert [drive.num_running for drive in engine._drives] == [2, 2, 2]
+            for stream in streams:
+                await engine.abort(stream.context.fresh())
+                await stream.drop()
 
     run(main())
 
