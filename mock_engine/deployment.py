@@ -289,8 +289,9 @@ class Deployment:
                 f"a router needs one size. Set it with --block-size."
             )
         self.block_size = block_sizes.pop()
+        worker_of = (lambda rank: rank.worker) if settings.data_parallel_size > 1 else None
         self._pools = {
-            role: Pool([rank for rank in self.ranks if rank.role == role], make_router(settings.router, rng))
+            role: Pool([rank for rank in self.ranks if rank.role == role], make_router(settings.router, rng, worker_of))
             for role in ROLES
             if any(rank.role == role for rank in self.ranks)
         }

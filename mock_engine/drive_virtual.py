@@ -149,6 +149,11 @@ class VirtualDrive:
         self._stalled: dict[SequenceState, float] = {}
 
     @property
+    def num_running(self) -> int:
+        """Requests in the batch."""
+        return self.core.scheduler.num_running
+
+    @property
     def num_waiting(self) -> int:
         """Requests that are not in the batch."""
         return len(self.core.scheduler.waiting) + len(self._arrived)

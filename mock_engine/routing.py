@@ -4,18 +4,20 @@ Which worker gets a request: the policies of Dynamo's frontend, under its names.
     router = make_router(RouterSettings("kv"), rng)
     rank = router(request, ranks)
 
-A data-parallel rank counts as a worker of its own, as it does for Dynamo's KV router.
+What the KV router knows of a cache is what is in it at that moment; Dynamo's hears of it a few milliseconds later.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from itertools import groupby
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from mock_engine.drive_virtual import Flight, VirtualDrive
+from mock_engine.rank_choice import least_loaded_rank
 from mock_engine.request import Request
 from mock_engine.router_settings import RouterSettings
 
@@ -78,12 +80,52 @@ class RoutedLoad:
         return self.drive.core.scheduler.blocks.block_size
 
 
-Worker = TypeVar("Worker", bound=RoutedLoad)
+class Counted(Protocol):
+    """A worker of which it is known how many requests it has."""
+
+    @property
+    def num_active(self) -> int: ...
+
+
+Worker = TypeVar("Worker", bound=Counted)
+Rank = TypeVar("Rank", bound=RoutedLoad)
 Router = Callable[[Request, Sequence[Worker]], Worker]
 
 
-def make_router(settings: RouterSettings, rng: np.random.Generator) -> Router[Worker]:
-    """A router with a state of its own. It is given workers that are up, at least one."""
+def make_router(
+    settings: RouterSettings, rng: np.random.Generator, worker_of: Callable[[Rank], int] | None = None
+) -> Router[Rank]:
+    """
+    A router with a state of its own. It is given workers that are up, at least one.
+
+    `worker_of` says that they are data-parallel ranks, those of a worker one after the other. By KV cost a
+    rank is a worker of its own; with the other modes the worker chooses among its ranks (`rank_choice`).
+    """
+    if settings.router_mode == "kv":
+        return _by_kv_cost(settings, rng)
+    if worker_of is None:
+        return _by_count(settings, rng)
+    route: Router[_Worker[Rank]] = _by_count(settings, rng)
+
+    def choose(request: Request, ranks: Sequence[Rank]) -> Rank:
+        chosen = route(request, [_Worker(list(group)) for _, group in groupby(ranks, worker_of)]).ranks
+        return chosen[least_loaded_rank([rank.drive for rank in chosen])]
+
+    return choose
+
+
+class _Worker(Generic[Rank]):
+    """Several ranks as one worker."""
+
+    def __init__(self, ranks: list[Rank]) -> None:
+        self.ranks = ranks
+
+    @property
+    def num_active(self) -> int:
+        return sum(rank.num_active for rank in self.ranks)
+
+
+def _by_count(settings: RouterSettings, rng: np.random.Generator) -> Router[Worker]:
     routers: dict[str, Router[Worker]] = {
         "round-robin": _round_robin(),
         "random": lambda _, workers: workers[int(rng.integers(len(workers)))],
@@ -91,7 +133,6 @@ def make_router(settings: RouterSettings, rng: np.random.Generator) -> Router[Wo
             [workers[index] for index in rng.permutation(len(workers))[:2]]
         ),
         "least-loaded": lambda _, workers: _least_loaded(workers),
-        "kv": _by_kv_cost(settings, rng),
     }
     return routers[settings.router_mode]
 
@@ -111,10 +152,10 @@ def _least_loaded(workers: Sequence[Worker]) -> Worker:
     return min(workers, key=lambda worker: worker.num_active)
 
 
-def _by_kv_cost(settings: RouterSettings, rng: np.random.Generator) -> Router[Worker]:
+def _by_kv_cost(settings: RouterSettings, rng: np.random.Generator) -> Router[Rank]:
     """The lowest cost, or with a temperature a draw by softmax over the costs, scaled to a range of 1."""
 
-    def choose(request: Request, workers: Sequence[Worker]) -> Worker:
+    def choose(request: Request, workers: Sequence[Rank]) -> Rank:
         costs = [_kv_cost(settings, request, worker) for worker in workers]
         if settings.router_temperature == 0:
             lowest = min(costs)

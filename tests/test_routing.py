@@ -73,6 +73,19 @@ def loaded(*num_active: int) -> Cluster:
     return cluster
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("round-robin", [1, 2, 1, 2]), ("least-loaded", [2, 2, 2, 2]), ("kv", [2, 2, 2, 2])],
+)
+def test_a_worker_chooses_among_its_ranks_itself_except_for_the_kv_router(mode, expected):
+    """Two workers of two ranks: with 3 and 1 requests, and 0 and 2, one of which takes up 40 tokens."""
+    cluster = Cluster(4)
+    for rank, isl_tokens in ((0, 4), (0, 4), (0, 4), (1, 40), (3, 4), (3, 4)):
+        cluster.send(rank, isl_tokens)
+    route = make_router(RouterSettings(mode), np.random.default_rng(0), lambda rank: cluster.workers.index(rank) // 2)
+    assert [cluster.workers.index(route(PROMPT, cluster.workers)) for _ in range(4)] == expected
+
+
 @given(num_workers=st.integers(1, 6), num_requests=st.integers(1, 40))
 def test_round_robin_takes_turns_whatever_the_load(num_workers, num_requests):
     cluster = loaded(*range(num_workers))
