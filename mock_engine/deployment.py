@@ -188,9 +188,9 @@ class Rank(RoutedLoad):
         usage: UsageLog,
         on_finished: Callable[[Rank, Flight], None],
         observer: Observer | None,
-        is_counting_prefill: bool,
+        is_counting_prompts: bool,
     ) -> None:
-        super().__init__(VirtualDrive(clock, engine.core, self, observer), is_counting_prefill)
+        super().__init__(VirtualDrive(clock, engine.core, self, observer), is_counting_prompts)
         self.worker = worker
         self.role = role
         self.engine = engine

@@ -9,7 +9,8 @@ What the KV router knows of a cache is what is in it at that moment; Dynamo's he
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from bisect import bisect_left
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Generic, Protocol, TypeVar
@@ -26,14 +27,15 @@ class RoutedLoad:
     """
     What a router knows of a worker: which requests it has been given, and what its KV cache holds.
 
-    Without `is_counting_prefill`, prompt tokens are not kept account of: most policies do not ask.
+    Without `is_counting_prompts`, only requests are counted: most policies ask for no more.
     """
 
-    def __init__(self, drive: VirtualDrive, is_counting_prefill: bool = True) -> None:
+    def __init__(self, drive: VirtualDrive, is_counting_prompts: bool = True) -> None:
         self.drive = drive
-        self._is_counting_prefill = is_counting_prefill
+        self._is_counting_prompts = is_counting_prompts
         self.num_active = 0  # requests that have not ended
-        self.active_blocks = 0  # KV blocks of their prompts, shared ones counted for each
+        self.active_blocks = 0  # KV blocks of their prompts, one that several share counted once
+        self._num_sharing: dict[int, int] = {}  # full blocks of these prompts -> how many have them
         self._prefill_tokens = 0
         self._in_prefill: OrderedDict[Flight, int] = OrderedDict()  # prompt tokens of each that were not cached
 
@@ -41,8 +43,15 @@ class RoutedLoad:
         """A request was sent there."""
         request = flight.sequence.request
         self.num_active += 1
-        self.active_blocks += self._num_blocks(request)
-        if self._is_counting_prefill and not request.num_remote_tokens:
+        if not self._is_counting_prompts:
+            return
+        num_new_blocks = self.num_new_blocks(request)
+        self.active_blocks += num_new_blocks
+        num_shared = self._num_blocks(request) - num_new_blocks
+        for block_hash in request.block_hashes[:num_shared]:
+            self._num_sharing[block_hash] += 1
+        self._num_sharing.update(dict.fromkeys(request.block_hashes[num_shared : self._num_shareable(request)], 1))
+        if not request.num_remote_tokens:
             uncached = request.isl_tokens - self.num_overlap_blocks(request) * self._block_size
             self._drop_prefilled()
             self._prefill_tokens += uncached
@@ -51,7 +60,16 @@ class RoutedLoad:
     def remove(self, flight: Flight) -> None:
         """It has ended."""
         self.num_active -= 1
-        self.active_blocks -= self._num_blocks(flight.sequence.request)
+        if not self._is_counting_prompts:
+            return
+        request, num_sharing = flight.sequence.request, self._num_sharing
+        hashes = request.block_hashes[: self._num_shareable(request)]
+        # Who shares a block shares all before it.
+        num_shared = bisect_left(hashes, True, key=lambda block_hash: num_sharing[block_hash] == 1)
+        for block_hash in hashes[:num_shared]:
+            num_sharing[block_hash] -= 1
+        deque(map(num_sharing.__delitem__, hashes[num_shared:]), maxlen=0)  # a loop, at half the cost of one in Python
+        self.active_blocks -= self._num_blocks(request) - num_shared
         self._prefill_tokens -= self._in_prefill.pop(flight, 0)
 
     @property
@@ -66,6 +84,22 @@ class RoutedLoad:
             return 0
         num_full = request.isl_tokens // self._block_size
         return self.drive.core.scheduler.blocks.num_prefix_blocks(request.block_hashes[:num_full])
+
+    def num_new_blocks(self, request: Request) -> int:
+        """Blocks of the prompt that no other request there has: what it would add to `active_blocks`."""
+        num_sharing = self._num_sharing
+        return self._num_blocks(request) - bisect_left(
+            request.block_hashes, True, 0, self._num_shareable(request), key=lambda each: each not in num_sharing
+        )
+
+    def _num_shareable(self, request: Request) -> int:
+        """
+        Full blocks of the prompt. None of one that another worker has prefilled: for those, Dynamo's router
+        assumes that nothing is shared.
+        """
+        if request.num_remote_tokens:
+            return 0
+        return min(len(request.block_hashes), request.isl_tokens // self._block_size)
 
     def _drop_prefilled(self) -> None:
         in_prefill = self._in_prefill
@@ -170,16 +204,18 @@ def _by_kv_cost(settings: RouterSettings, rng: np.random.Generator) -> Router[Ra
 
 def _kv_cost(settings: RouterSettings, request: Request, worker: RoutedLoad) -> float:
     """
-    Blocks to prefill, less the credit for those in the cache, plus blocks that decode. What another worker has
-    prefilled counts for neither of the first two.
+    Blocks to prefill, less the credit for those in the cache, plus blocks that would decode, of which those that
+    several requests share count once. What another worker has prefilled counts for neither of the first two.
 
     Source: ai-dynamo 1.4.2, `dynamo.frontend --help`, router options: "adjusted prompt-side prefill load after
-    overlap ... credits are subtracted", "block-equivalent decode cost".
+    overlap ... credits are subtracted", "block-equivalent decode cost", "When tracking active blocks, assume KV
+    cache reuse".
     """
+    decode_blocks = worker.active_blocks + worker.num_new_blocks(request)
     if request.num_remote_tokens:
-        return worker.active_blocks
+        return decode_blocks
     block_size = worker.drive.core.scheduler.blocks.block_size
     prefill_blocks = (worker.active_prefill_tokens + request.isl_tokens) / block_size
     overlap_blocks = worker.num_overlap_blocks(request)
     adjusted = prefill_blocks - settings.router_kv_overlap_score_credit * overlap_blocks
-    return settings.router_prefill_load_scale * adjusted + worker.active_blocks
+    return settings.router_prefill_load_scale * adjusted + decode_blocks

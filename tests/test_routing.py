@@ -162,10 +162,45 @@ def test_the_kv_router_counts_blocks_to_prefill_less_cached_ones_plus_those_that
     assert [worker.num_overlap_blocks(PROMPT) for worker in cluster.workers] == [3, 0, 0]
     assert [worker.active_prefill_tokens for worker in cluster.workers] == [0, 20, 0]
     assert [worker.active_blocks for worker in cluster.workers] == [10, 5, 3]
+    assert [worker.num_new_blocks(PROMPT) for worker in cluster.workers] == [5, 5, 5]  # to be added to each
     costs = np.array([11.5, 14.5, 7.5])
     assert cluster.choose("kv") == 2
     weights = np.exp(-(costs - 7.5) / 7.0 / 0.8)  # the costs over a range of 1
     assert cluster.shares("kv", router_temperature=0.8) == close_to(weights / weights.sum())
+
+
+@given(prompts=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 8), st.booleans()), max_size=12), data=st.data())
+def test_a_block_that_several_prompts_share_counts_once(prompts, data):
+    """Each prompt has some blocks of its own after some that all begin with; one prefilled elsewhere shares none."""
+    cluster = Cluster(1)
+    [worker] = cluster.workers
+    flights = []
+
+    def blocks_of(number, isl_tokens, num_shared):
+        return [i if i < num_shared else 1000 * number + i for i in range(1, isl_tokens // 4 + 1)]
+
+    def check():
+        full, others = set(), 0
+        for flight in flights:
+            request = flight.sequence.request
+            shared = [] if request.num_remote_tokens else request.block_hashes
+            full.update(shared)
+            others += -(-request.isl_tokens // 4) - len(shared)
+        assert worker.active_blocks == len(full) + others
+        for num_shared in range(9):
+            request = Request("new", 34, 2, blocks_of(99, 34, num_shared))
+            assert worker.num_new_blocks(request) == 9 - len(full.intersection(request.block_hashes))
+
+    for number, (isl_tokens, num_shared, is_remote) in enumerate(prompts, start=1):
+        hashes = blocks_of(number, isl_tokens, num_shared)
+        request = Request("r", isl_tokens, 2, hashes, num_remote_tokens=(isl_tokens - 1) * is_remote)
+        flights.append(worker.drive.submit(request))
+        worker.add(flights[-1])
+        check()
+    while flights:
+        worker.remove(flights.pop(data.draw(st.integers(0, len(flights) - 1))))
+        check()
+    assert not worker._num_sharing
 
 
 @pytest.mark.parametrize(
