@@ -98,6 +98,10 @@ class Core:
         """Queue a new sequence; it is looked at in the next `begin_step`."""
         self.scheduler.add(sequence)
 
+    def reserve(self, sequence: SequenceState) -> bool:
+        """Take the KV blocks of its prompt before it is queued; False if there are too few now."""
+        return self.scheduler.reserve(sequence)
+
     def cancel(self, sequence: SequenceState) -> None:
         """Forget a sequence; its KV blocks are back when this returns. Safe at any time, and twice."""
         self.scheduler.cancel(sequence)
@@ -109,7 +113,7 @@ class Core:
             return None
         schedule = self.scheduler.schedule()
         if not schedule.load.num_tokens:
-            assert self.scheduler.num_kept_blocks, "there is work, so something must run"
+            assert self.scheduler.num_kept_blocks or self.scheduler.reserved, "there is work, so something must run"
             self.scheduler.complete(schedule)
             self._is_idle = True
             return None

@@ -160,21 +160,38 @@ class VirtualDrive:
 
     def submit(self, request: Request, owner: Any = None) -> Flight:
         """Queue a request that arrives now. Raises `RequestError` if it can never be served."""
-        sequence = self.core.prepare(request)
-        if self._run is not None and self.core.scheduler.has_room:
+        flight = self.prepare(request, owner)
+        self.enqueue(flight)
+        return flight
+
+    def prepare(self, request: Request, owner: Any = None) -> Flight:
+        """The request, not queued yet: that is up to `enqueue`. Raises `RequestError` if it can never be served."""
+        return Flight(self.core.prepare(request), self._clock.now, owner)
+
+    def reserve(self, flight: Flight) -> bool:
+        """Take the KV blocks of its prompt before it is queued. False if there are too few now."""
+        if self._run is not None:
+            self._cut_run()
+        return self.core.reserve(flight.sequence)
+
+    def enqueue(self, flight: Flight) -> None:
+        """Queue what has been prepared; it arrives now."""
+        if self._run is not None and (self.core.scheduler.has_room or flight.sequence in self.core.scheduler.reserved):
             self._cut_run()
         self._count_waiting(self._clock.now)
-        flight = Flight(sequence, self._clock.now, owner)
+        flight.arrival_s = self._clock.now
         self._arrived.append(flight)
-        self.flights[sequence] = flight
+        self.flights[flight.sequence] = flight
         if self._observer is not None:
             self._observer.arrived(flight)
         if self._next is None:
             self._begin_soon()
-        return flight
 
     def cancel(self, flight: Flight) -> None:
         """Forget a request; its KV blocks are back when this returns. A no-op once it has ended."""
+        if flight.sequence.status is Status.NEW and flight.sequence not in self.flights:  # prepared, and no more
+            self._release_reserved(flight)
+            return
         if self.flights.pop(flight.sequence, None) is None:
             return
         if self._run is not None:
@@ -192,6 +209,13 @@ class VirtualDrive:
         if self._run is not None:
             self._cut_run()
         self.core.scheduler.give_back(flight.sequence)
+        if self._next is None:
+            self._begin_soon()
+
+    def _release_reserved(self, flight: Flight) -> None:
+        if self._run is not None:
+            self._cut_run()
+        self.core.cancel(flight.sequence)
         if self._next is None:
             self._begin_soon()
 
