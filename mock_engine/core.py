@@ -85,9 +85,14 @@ class Core:
         return bool(self.scheduler.num_running or self.scheduler.waiting)
 
     @property
+    def is_busy(self) -> bool:
+        """Whether there is work, and not only such as waits for blocks that others keep."""
+        return self.has_work and not self._is_idle
+
+    @property
     def admission_limit_s(self) -> float:
         """Whoever arrived later than that is not in the next step, however much room there is."""
-        return self._decided_s if self._is_async and self.has_work and not self._is_idle else float("inf")
+        return self._decided_s if self._is_async and self.is_busy else float("inf")
 
     def prepare(self, request: Request) -> SequenceState:
         """A sequence for `request`, not queued yet. Raises `RequestError` if it can never be served."""

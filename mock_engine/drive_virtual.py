@@ -144,6 +144,7 @@ class VirtualDrive:
         self._waiting_until_s = 0.0  # ...up to here
         self._next: simpy.Event | None = None  # the end of the step or run, or the begin of one; None when idle
         self._arrived: deque[Flight] = deque()  # too late for the next step
+        self._wanting: dict[Flight, Callable[[], None]] = {}  # who waits for blocks before it is queued
         self._expecting_second: list[Flight] = []  # their first token came out since the last decode step
         # Those that decode and got no token at the last step's end, since it only prefilled: when they got their last.
         self._stalled: dict[SequenceState, float] = {}
@@ -168,11 +169,28 @@ class VirtualDrive:
         """The request, not queued yet: that is up to `enqueue`. Raises `RequestError` if it can never be served."""
         return Flight(self.core.prepare(request), self._clock.now, owner)
 
-    def reserve(self, flight: Flight) -> bool:
-        """Take the KV blocks of its prompt before it is queued. False if there are too few now."""
+    def want(self, flight: Flight, on_reserved: Callable[[], None]) -> None:
+        """
+        Let it have the KV blocks of its prompt before it is queued, first come, first served.
+
+        `on_reserved` is called when it has them, at once if it can have them now; never once it is cancelled.
+        """
+        self._wanting[flight] = on_reserved
         if self._run is not None:
             self._cut_run()
-        return self.core.reserve(flight.sequence)
+        self._reserve()
+
+    @property
+    def wanting(self) -> tuple[Flight, ...]:
+        """Who waits for that."""
+        return tuple(self._wanting)
+
+    def _reserve(self) -> None:
+        while self._wanting:
+            flight = next(iter(self._wanting))
+            if not self.core.reserve(flight.sequence):
+                return
+            self._wanting.pop(flight)()
 
     def enqueue(self, flight: Flight) -> None:
         """Queue what has been prepared; it arrives now."""
@@ -190,7 +208,7 @@ class VirtualDrive:
     def cancel(self, flight: Flight) -> None:
         """Forget a request; its KV blocks are back when this returns. A no-op once it has ended."""
         if flight.sequence.status is Status.NEW and flight.sequence not in self.flights:  # prepared, and no more
-            self._release_reserved(flight)
+            self._withdraw_prepared(flight)
             return
         if self.flights.pop(flight.sequence, None) is None:
             return
@@ -212,7 +230,8 @@ class VirtualDrive:
         if self._next is None:
             self._begin_soon()
 
-    def _release_reserved(self, flight: Flight) -> None:
+    def _withdraw_prepared(self, flight: Flight) -> None:
+        self._wanting.pop(flight, None)
         if self._run is not None:
             self._cut_run()
         self.core.cancel(flight.sequence)
@@ -233,6 +252,7 @@ class VirtualDrive:
         now_s = self._start_s = self._clock.now
         self._count_waiting(now_s)
         self._hand_over_arrived()
+        self._reserve()
         # Steps of a run are like the last one: all that decode got a token then.
         if not self._is_single_stepping and not self._arrived and not self._stalled:
             self._run = self.core.plan_run(now_s)

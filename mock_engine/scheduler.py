@@ -83,6 +83,7 @@ class Scheduler(ABC):
         self.reserved: dict[SequenceState, None] = {}  # those that have blocks and have not been in the batch
         self._is_in_decode_step = False  # the blocks of those that decode are taken, their tokens not counted
         self._is_head_blocked = False  # the first that waits found too few blocks, and nobody has left since
+        self._is_reserve_blocked = False  # the same for the last that wanted blocks before it is queued
         self._publishers: dict[SequenceState, None] = {}  # those that decode and have blocks to offer for sharing
 
     @property
@@ -124,17 +125,20 @@ class Scheduler(ABC):
         """
         Take the blocks for the prompt of a new sequence, into which another worker will send its KV cache.
 
-        It is queued with `add` when that is there. False, and nothing changes, when there are too few, when somebody
-        in the queue has found too few, or while the batch is full (as in vLLM). Whoever has been given blocks so can run without another one, and
-        nobody waits before it who cannot: however full the cache, somebody runs.
+        It is queued with `add` when that is there. False, and nothing changes, as long as there are too few, the
+        batch is full, or somebody waits who has none: first come, first served, as in vLLM. Whoever has been given
+        blocks so can run without another one, and those that wait before it can too. So somebody always runs.
         """
         assert sequence.status is Status.NEW, "who is queued takes blocks when its turn comes"
-        if not self.has_room:
+        if self._is_reserve_blocked or self.num_running >= self.config.max_num_seqs:
+            return False
+        if any(each not in self.reserved for each in self.waiting):
             return False
         self._offer_decoded()
         hits = self._prefix_hits(sequence)
         num_taken = self._num_blocks_to_admit(sequence, sequence.num_tokens) - len(hits) + self.blocks.num_unheld(hits)
         if num_taken > self.blocks.num_available - self._num_reserved_blocks() - self._num_blocks_to_come():
+            self._is_reserve_blocked = True
             return False
         self._claim(sequence, hits)
         has_grown = self.blocks.grow(sequence.table, self._num_blocks(sequence.num_tokens))
@@ -154,14 +158,14 @@ class Scheduler(ABC):
         if sequence in self.reserved:
             del self.reserved[sequence]
             self.blocks.release(sequence.table)
-            self._is_head_blocked = False
+            self._note_room()
         sequence.status = Status.CANCELLED
 
     def give_back(self, sequence: SequenceState) -> None:
         """Take the blocks back of a finished sequence whose request keeps them."""
         self.num_kept_blocks -= sequence.table.num_blocks
         self.blocks.release(sequence.table)
-        self._is_head_blocked = False
+        self._note_room()
 
     @abstractmethod
     def schedule(self) -> Schedule:
@@ -373,7 +377,11 @@ class Scheduler(ABC):
             self.num_kept_blocks += sequence.table.num_blocks
         else:
             self.blocks.release(sequence.table)
-        self._is_head_blocked = False
+        self._note_room()
+
+    def _note_room(self) -> None:
+        """Somebody has left: who found too few blocks may look again."""
+        self._is_head_blocked = self._is_reserve_blocked = False
 
     def _settle_table(self, sequence: SequenceState) -> None:
         """Enter the blocks that a sequence took while it decoded into its table."""

@@ -12,10 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mock_engine.deployment import TRANSFER_MODES, DeploymentSettings, WorkerGroup
+from mock_engine.deployment import DeploymentSettings, WorkerGroup
 from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import ConfigError
-from mock_engine.flags import add_data_parallel_flag, add_engine_flags, add_router_flags, add_shared_load_flags
+from mock_engine.flags import (
+    add_bandwidth_flag,
+    add_data_parallel_flag,
+    add_engine_flags,
+    add_router_flags,
+    add_shared_load_flags,
+)
+from mock_engine.kv_transfer import TRANSFER_MODES
 from mock_engine.router_settings import RouterSettings
 from mock_engine.simulation import SimulationSettings
 from mock_engine.slos import parse_slos
@@ -140,13 +147,7 @@ def add_simulated_deployment_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decode-workers", type=int, metavar="N", help="workers that only make output tokens")
     group.add_argument("--decode-profile", metavar="PROFILE", help="of the decode workers (default: --profile)")
     add_data_parallel_flag(group)
-    group.add_argument(
-        "--kv-transfer-bandwidth",
-        type=float,
-        default=defaults.kv_transfer_bandwidth,
-        metavar="GB/S",
-        help="of a worker's link, each way (%(default)s)",
-    )
+    add_bandwidth_flag(group)
     group.add_argument(
         "--kv-transfer-timing-mode",
         default=defaults.kv_transfer_timing_mode,
