@@ -16,7 +16,8 @@ schedule_policy.py, `PrefillAdder`; schedule_batch.py, `retract_decode`. Left ou
 a chunk), chunks cut at page ends, and other orders than the default, first come, first served; that the share sinks
 while somebody waits for it (who found too few blocks is looked at again when somebody has left: in a full cache ITL
 comes out up to 6 % lower). In a decode worker, sequences whose prompt has come from a prefill worker join those that
-decode without a pass of their own. A retracted sequence finds the blocks it filled, if they are still there; SGLang keeps only those of its prompt.
+decode without a pass of their own. A retracted sequence finds the blocks it filled, if they are still there; SGLang
+keeps only those of its prompt.
 """
 
 from __future__ import annotations
