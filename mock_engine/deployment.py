@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from mock_engine.drive_virtual import Flight, Observer, Stretch, VirtualClock, VirtualDrive
 from mock_engine.engine_settings import Engine, EngineSettings, build_engines
 from mock_engine.errors import ConfigError, RequestError
-from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, ROLES, TRANSFER_MODES, check_bandwidth, transfer_s
+from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, TRANSFER_MODES, check_bandwidth, transfer_s
 from mock_engine.request import Request
+from mock_engine.roles import ROLES, check_num_workers
 from mock_engine.router_settings import RouterSettings
 from mock_engine.routing import RoutedLoad, Router, make_router
 from mock_engine.step import StepLoad
@@ -62,13 +63,7 @@ class DeploymentSettings:
     migration_limit: int = 0  # how often a request of a lost worker is sent to another
 
     def __post_init__(self) -> None:
-        for group in self.groups:
-            if group.num_workers < 1:
-                flag = "--workers" if group.role == "agg" else f"--{group.role}-workers"
-                raise ConfigError(f"{flag} is {group.num_workers}; it must be at least 1")
-        roles = {group.role for group in self.groups}
-        if roles not in ({"agg"}, {"prefill", "decode"}):
-            raise ConfigError("disaggregated serving needs both --prefill-workers and --decode-workers")
+        check_num_workers([(group.role, group.num_workers) for group in self.groups])
         check_data_parallel_size(self.data_parallel_size)
         check_bandwidth(self.kv_transfer_bandwidth)
         if self.kv_transfer_timing_mode not in TRANSFER_MODES:

@@ -68,7 +68,7 @@ class Stream:
         self._ready: list[Token] = []
         self._waiter: asyncio.Future[None] | None = None
         self.sequences = sequences
-        self.arrival_s = arrival_s
+        self.arrival_s = self.queued_s = arrival_s
         self.is_stopped = is_stopped
         self.is_cancelled = False
         self.is_let_go = False  # its consumer has gone
@@ -219,7 +219,7 @@ class RealTimeDrive:
         with self._lock:
             self._wanting.pop(stream, None)
             if not stream.is_cancelled:
-                stream.arrival_s = self.now_s()
+                stream.queued_s = self.now_s()
                 self._arrivals.append(stream)
         self._reap()
         self._wake()
@@ -349,9 +349,9 @@ class RealTimeDrive:
     def _admit_arrivals(self) -> None:
         """Hand over what has arrived by the model's time; an idle engine moves on to the next arrival."""
         if self._arrivals and not self.core.is_busy:
-            self._model_now_s = max(self._model_now_s, self._arrivals[0].arrival_s)
+            self._model_now_s = max(self._model_now_s, self._arrivals[0].queued_s)
         limit_s = min(self._model_now_s, self.core.admission_limit_s)
-        while self._arrivals and self._arrivals[0].arrival_s <= limit_s:
+        while self._arrivals and self._arrivals[0].queued_s <= limit_s:
             for sequence in self._arrivals.popleft().sequences:
                 self.core.enqueue(sequence)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, ENGINE_TYPES, EngineSettings, flag_of
-from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S, ROLES
+from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S
+from mock_engine.roles import ROLES
 from mock_engine.router_settings import ROUTER_MODES, RouterSettings
 
 
@@ -142,10 +143,17 @@ def add_bandwidth_flag(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_role_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how many workers there are of each role; none has a default of its own."""
+    group.add_argument("--workers", type=int, metavar="N", help="workers that do all of a request (1)")
+    group.add_argument("--prefill-workers", type=int, metavar="N", help="workers that only compute prompts")
+    group.add_argument("--decode-workers", type=int, metavar="N", help="workers that only make output tokens")
+
+
 def add_fleet_flags(parser: argparse.ArgumentParser, default_port: int) -> None:
     """Add the flags that say how many workers there are, and where the frontend listens."""
     group = parser.add_argument_group("deployment")
-    group.add_argument("--workers", type=int, default=1, metavar="N", help="mock workers, each a GPU (%(default)s)")
+    add_role_flags(group)
     group.add_argument("--host", default="127.0.0.1", help="address the frontend listens on (%(default)s)")
     group.add_argument(
         "--port", type=int, default=default_port, help="port it listens on; 0: any free one (%(default)s)"

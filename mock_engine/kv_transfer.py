@@ -15,7 +15,6 @@ import math
 from mock_engine.errors import ConfigError
 from mock_engine.profile import Profile
 
-ROLES = ("agg", "prefill", "decode")  # as in Dynamo's `--disaggregation-mode`
 DEFAULT_BANDWIDTH = 64.0  # GB/s
 # Real seconds that a KV cache waits for a decode worker to ask for it, which ours does as soon as it gets the request
 # (vLLM's when it has room; its NIXL connector gives up after 480 s).

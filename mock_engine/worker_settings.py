@@ -11,8 +11,9 @@ from pathlib import Path
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings, argv_of
 from mock_engine.errors import ConfigError
-from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S, ROLES, check_bandwidth
+from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S, check_bandwidth
 from mock_engine.output_tokens import find_tokenizer
+from mock_engine.roles import ROLES
 
 
 @dataclass(frozen=True, slots=True)

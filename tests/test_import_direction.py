@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors request session",
     "step kv_blocks latency_table monotone roofline gpu_datasheets engine_defaults profile model_config profile_writing"
-    " kv_transfer lateness tokenizer_words output_tokens aiperf_schema columns slos state_log json_file",
+    " roles kv_transfer lateness tokenizer_words output_tokens aiperf_schema columns slos state_log json_file",
     "sequence decode_batch scheduler_config scheduler vllm_scheduler sglang_scheduler trtllm_scheduler"
     " timing step_times prompt handoff kv_events",
     "core",

@@ -23,8 +23,9 @@ from mock_engine.clients import Clients, ClientSettings
 from mock_engine.deployment import Deployment, DeploymentSettings, WorkerGroup
 from mock_engine.drive_virtual import VirtualClock
 from mock_engine.engine_settings import EngineSettings
-from mock_engine.kv_transfer import ROLES, TRANSFER_MODES
+from mock_engine.kv_transfer import TRANSFER_MODES
 from mock_engine.profile import load_profile
+from mock_engine.roles import ROLES
 from mock_engine.router_settings import ROUTER_MODES, RouterSettings
 from mock_engine.session import Session, Turn, chain_turns
 from mock_engine.simulation import SimulationResults, SimulationSettings
