@@ -37,7 +37,8 @@ def predict(settings: FleetSettings, load: Load) -> Prediction:
     try:
         workload = _workload(load)
         deployment = DeploymentSettings(
-            (WorkerGroup(settings.worker.engine, settings.num_workers),),
+            tuple(WorkerGroup(settings.worker.engine, number, role) for role, number in settings.groups),
+            kv_transfer_bandwidth=settings.worker.kv_transfer_bandwidth,
             data_parallel_size=settings.worker.data_parallel_size,
             router=settings.router,
             has_ingress=False,

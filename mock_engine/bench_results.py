@@ -24,7 +24,8 @@ import numpy as np
 from mock_engine.aiperf_schema import FinishedRequests, FloatArray, Metric, RunTotals, request_metrics, run_metrics
 from mock_engine.bench_prediction import Prediction
 from mock_engine.fleet import Fleet
-from mock_engine.recorder import RequestRow, TimelineRow, read_requests, read_timeline
+from mock_engine.recorder import RequestRow, TimelineRow, joined, read_requests, read_timeline
+from mock_engine.roles import ROLES
 
 AIPERF_EXPORT = "profile_export_aiperf.json"
 AIPERF_RECORDS = "profile_export.jsonl"
@@ -93,9 +94,12 @@ class Results:
 
 def read_results(folder: Path, fleet: Fleet, prediction: Prediction, ready_unix_s: float) -> Results:
     """Results of a run that is over; only requests that came after `ready_unix_s` count."""
-    workers = range(fleet.settings.num_workers)
-    recorded = [row for worker in workers for row in read_requests(fleet.record_folder(worker))]
-    requests = [row for row in recorded if row.arrival_unix_s >= ready_unix_s]
+    workers = range(len(fleet.settings.roles))
+    recorded: dict[str, list[RequestRow]] = {role: [] for role in ROLES}
+    for worker, role in enumerate(fleet.settings.roles):
+        rows = read_requests(fleet.record_folder(worker))
+        recorded[role] += [row for row in rows if row.arrival_unix_s >= ready_unix_s]
+    requests = recorded["agg"] + joined(recorded["prefill"], recorded["decode"])
     timelines = [read_timeline(fleet.record_folder(worker)) for worker in workers]
     aiperf = json.loads((folder / "aiperf" / AIPERF_EXPORT).read_text(encoding="utf-8"))
     whole = [row for row in requests if row.is_whole]
@@ -186,7 +190,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def _facts(fleet: Fleet, aiperf: dict[str, Any]) -> dict[str, Any]:
     return {
         "profile": fleet.engine.profile.name,
-        "num_workers": fleet.settings.num_workers,
+        "num_workers": len(fleet.settings.roles),
+        "roles": dict(fleet.settings.groups),
         "data_parallel_size": fleet.settings.worker.data_parallel_size,
         "router_mode": fleet.settings.router.router_mode,
         "total_kv_blocks": fleet.engine.num_blocks,

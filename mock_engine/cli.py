@@ -31,6 +31,7 @@ from mock_engine.fleet import FleetSettings
 from mock_engine.import_command import add_import_flags
 from mock_engine.profile_fit.flags import add_fit_flags, add_record_flags
 from mock_engine.profile_measure.settings import add_measure_flags
+from mock_engine.roles import num_workers_by_role
 from mock_engine.router_settings import RouterSettings
 from mock_engine.simulate_flags import add_simulate_flags
 from mock_engine.worker_settings import WorkerSettings
@@ -174,7 +175,7 @@ def _worker(argv: list[str]) -> None:
 def _fleet_settings(flags: argparse.Namespace) -> FleetSettings:
     return FleetSettings(
         worker=replace(WorkerSettings.from_flags(flags), model_path=flags.model_path.resolve()),
-        num_workers=flags.workers,
+        groups=tuple(num_workers_by_role(flags.workers, flags.prefill_workers, flags.decode_workers)),
         router=RouterSettings.from_flags(flags),
         host=flags.host,
         port=flags.port,

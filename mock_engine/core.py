@@ -85,9 +85,14 @@ class Core:
         return bool(self.scheduler.num_running or self.scheduler.waiting)
 
     @property
+    def is_busy(self) -> bool:
+        """Whether there is work, and not only such as waits for blocks that others keep."""
+        return self.has_work and not self._is_idle
+
+    @property
     def admission_limit_s(self) -> float:
         """Whoever arrived later than that is not in the next step, however much room there is."""
-        return self._decided_s if self._is_async and self.has_work and not self._is_idle else float("inf")
+        return self._decided_s if self._is_async and self.is_busy else float("inf")
 
     def prepare(self, request: Request) -> SequenceState:
         """A sequence for `request`, not queued yet. Raises `RequestError` if it can never be served."""
@@ -97,6 +102,10 @@ class Core:
     def enqueue(self, sequence: SequenceState) -> None:
         """Queue a new sequence; it is looked at in the next `begin_step`."""
         self.scheduler.add(sequence)
+
+    def reserve(self, sequence: SequenceState) -> bool:
+        """Take the KV blocks of its prompt before it is queued; False if there are too few now."""
+        return self.scheduler.reserve(sequence)
 
     def cancel(self, sequence: SequenceState) -> None:
         """Forget a sequence; its KV blocks are back when this returns. Safe at any time, and twice."""
@@ -109,7 +118,7 @@ class Core:
             return None
         schedule = self.scheduler.schedule()
         if not schedule.load.num_tokens:
-            assert self.scheduler.num_kept_blocks, "there is work, so something must run"
+            assert self.scheduler.num_kept_blocks or self.scheduler.reserved, "there is work, so something must run"
             self.scheduler.complete(schedule)
             self._is_idle = True
             return None

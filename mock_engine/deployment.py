@@ -8,6 +8,7 @@ Several engines as one service, in virtual time: workers, routers, hand-over fro
 Aggregated, a worker does all of a request. Disaggregated, a prefill worker computes the
 prompt, keeps its KV blocks until they are with a decode worker, and that one makes all
 output tokens, as vLLM under Dynamo does: the first comes with the last prompt token, which is computed again.
+The decode worker takes the blocks for the prompt first; where it has too few, the transfer waits.
 
 Links are simpy resources: a worker sends, and receives, one KV cache at a time, at full bandwidth.
 """
@@ -28,14 +29,13 @@ from numpy.typing import NDArray
 from mock_engine.drive_virtual import Flight, Observer, Stretch, VirtualClock, VirtualDrive
 from mock_engine.engine_settings import Engine, EngineSettings, build_engines
 from mock_engine.errors import ConfigError, RequestError
+from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, TRANSFER_MODES, check_bandwidth, transfer_s
 from mock_engine.request import Request
+from mock_engine.roles import ROLES, check_num_workers
 from mock_engine.router_settings import RouterSettings
 from mock_engine.routing import RoutedLoad, Router, make_router
 from mock_engine.step import StepLoad
 from mock_engine.worker_settings import check_data_parallel_size
-
-ROLES = ("agg", "prefill", "decode")
-TRANSFER_MODES = ("full_prompt", "destination_missing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class DeploymentSettings:
     groups: tuple[WorkerGroup, ...]
     data_parallel_size: int = 1  # engines in each worker, each with its own KV cache and GPUs
     router: RouterSettings = field(default_factory=RouterSettings)
-    kv_transfer_bandwidth: float = 64.0  # GB/s of each worker, each way
+    kv_transfer_bandwidth: float = DEFAULT_BANDWIDTH  # GB/s of each worker, each way
     kv_transfer_timing_mode: str = "full_prompt"
     startup_time: float = 0.0  # s until a worker serves, for those that `starts_s` does not name
     starts_s: dict[int, float] = field(default_factory=dict)  # worker -> when it serves
@@ -63,16 +63,9 @@ class DeploymentSettings:
     migration_limit: int = 0  # how often a request of a lost worker is sent to another
 
     def __post_init__(self) -> None:
-        for group in self.groups:
-            if group.num_workers < 1:
-                flag = "--workers" if group.role == "agg" else f"--{group.role}-workers"
-                raise ConfigError(f"{flag} is {group.num_workers}; it must be at least 1")
-        roles = {group.role for group in self.groups}
-        if roles not in ({"agg"}, {"prefill", "decode"}):
-            raise ConfigError("disaggregated serving needs both --prefill-workers and --decode-workers")
+        check_num_workers([(group.role, group.num_workers) for group in self.groups])
         check_data_parallel_size(self.data_parallel_size)
-        if not 0 < self.kv_transfer_bandwidth < math.inf:
-            raise ConfigError(f"--kv-transfer-bandwidth is {self.kv_transfer_bandwidth:g}; it must be above 0, in GB/s")
+        check_bandwidth(self.kv_transfer_bandwidth)
         if self.kv_transfer_timing_mode not in TRANSFER_MODES:
             raise ConfigError(
                 f"--kv-transfer-timing-mode is {self.kv_transfer_timing_mode!r}; allowed is {', '.join(TRANSFER_MODES)}"
@@ -111,6 +104,7 @@ class Job:
         "failure",
         "first_token_s",
         "flight",
+        "handover",
         "is_cancelled",
         "isl_tokens",
         "last_token_s",
@@ -143,6 +137,7 @@ class Job:
         self.num_tries = 0
         self.rank: Rank | None = None  # where it is now, or was last
         self.flight: Flight | None = None  # None while it waits for a worker or its KV cache is on the way
+        self.handover: simpy.Event | None = None  # what its KV cache waits for, until there is room for it
         self.is_cancelled = False
         self.failure: str | None = None
 
@@ -321,6 +316,7 @@ class Deployment:
         job.is_cancelled = True
         if job.flight is not None:
             self._withdraw(job, job.flight)
+        _stop_waiting(job)
         self._on_end(job)
 
     def close(self) -> None:
@@ -355,13 +351,21 @@ class Deployment:
         return Request(name, isl_tokens, osl_tokens, job.block_hashes)
 
     def _send(self, rank: Rank, request: Request, job: Job) -> None:
-        job.rank = rank
+        flight = self._prepare(rank, request, job)
+        if flight is not None:
+            self._enqueue(rank, flight, job)
+
+    def _prepare(self, rank: Rank, request: Request, job: Job) -> Flight | None:
+        """None, and the job has failed, if that worker can never serve it."""
         try:
-            flight = rank.drive.submit(request, job)
+            return rank.drive.prepare(request, job)
         except RequestError:
             self._fail(job, f"longer than the context length of {rank.engine.scheduler.max_model_len} tokens")
-            return
-        job.flight = flight
+            return None
+
+    def _enqueue(self, rank: Rank, flight: Flight, job: Job) -> None:
+        job.rank, job.flight = rank, flight
+        rank.drive.enqueue(flight)
         rank.add(flight)
 
     def _rank_finished(self, rank: Rank, flight: Flight) -> None:
@@ -401,36 +405,52 @@ class Deployment:
         pool = self._pools["decode"]
         if not pool.up:
             self._lost(job)  # nobody to take it; it starts again when somebody is
-            source.drive.give_back(flight)
-            if source.observer is not None:
-                source.observer.sent(flight, self._clock.now)
+            self._give_back(source, flight)
             return
         request = self._request(pool, job)
         target = pool.router(request, pool.up)
+        arriving = self._prepare(target, request, job)
+        if arriving is None:
+            self._give_back(source, flight)
+            return
         num_tokens = job.isl_tokens + job.num_tokens_before
         if self.settings.kv_transfer_timing_mode == "destination_missing":
             num_tokens -= target.num_overlap_blocks(request) * self.block_size
         begin_s = self._clock.now
-        transfer_bytes = num_tokens * source.engine.profile.kv_bytes_per_token
-        with source.sends.request() as send:
-            yield send
-            with target.receives.request() as receive:
-                yield receive
-                if source.is_up and target.is_up and not job.is_cancelled:  # still, after the wait for the links
-                    if source.observer is not None:
-                        source.observer.sending(flight, self._clock.now, transfer_bytes)
-                    yield self._clock.timeout(transfer_bytes / (self.settings.kv_transfer_bandwidth * 1e9))
+
+        def is_wanted() -> bool:
+            return source.is_up and target.is_up and not job.is_cancelled
+
+        job.handover = self._clock.event()
+        target.drive.want(arriving, partial(_stop_waiting, job))
+        yield job.handover
+        job.handover = None
+        if is_wanted():
+            with source.sends.request() as send:
+                yield send
+                with target.receives.request() as receive:
+                    yield receive
+                    if is_wanted():  # still, after the wait for the links
+                        if source.observer is not None:
+                            num_bytes = num_tokens * source.engine.profile.kv_bytes_per_token
+                            source.observer.sending(flight, self._clock.now, num_bytes)
+                        yield self._clock.timeout(
+                            transfer_s(num_tokens, source.engine.profile, self.settings.kv_transfer_bandwidth)
+                        )
+        self._give_back(source, flight)
+        if is_wanted():
+            self.num_transfers += 1
+            self.transfer_s += self._clock.now - begin_s
+            self._enqueue(target, arriving, job)
+            return
+        target.drive.cancel(arriving)
+        if not job.is_cancelled:
+            self._lost(job)
+
+    def _give_back(self, source: Rank, flight: Flight) -> None:
         source.drive.give_back(flight)
         if source.observer is not None:
             source.observer.sent(flight, self._clock.now)
-        if job.is_cancelled:
-            return
-        if source.is_up and target.is_up:
-            self.num_transfers += 1
-            self.transfer_s += self._clock.now - begin_s
-            self._send(target, request, job)
-        else:
-            self._lost(job)
 
     def _start(self, worker: int) -> None:
         for rank in self.ranks:
@@ -449,6 +469,8 @@ class Deployment:
                 rank.is_up = False
                 pool = self._pools[rank.role]
                 pool.up = [other for other in pool.ranks if other.is_up]
+                for flight in rank.drive.wanting:
+                    _stop_waiting(flight.owner)
                 for flight in list(rank.drive.flights.values()):
                     self._withdraw(flight.owner, flight)
                     lost.append(flight.owner)
@@ -467,3 +489,9 @@ class Deployment:
     def _fail(self, job: Job, reason: str) -> None:
         job.failure = reason
         self._on_end(job)
+
+
+def _stop_waiting(job: Job) -> None:
+    """There is room for its KV cache, or nobody wants it any more: let `_hand_over` look."""
+    if job.handover is not None and not job.handover.triggered:
+        job.handover.succeed()

@@ -18,6 +18,10 @@ Cancelling must work where an event loop is not at hand (a dropped generator
 is finalized on whatever thread drops it), so it takes a lock that is never
 waited for: a cancel that finds it taken leaves a note, and whoever holds the
 lock acts on it before going on.
+
+For a prompt that another worker has computed, `submit` comes in three parts: `prepare`, `want` the KV blocks for it,
+and `enqueue` once the KV cache is there. And where a request keeps its blocks, `on_kept` is told when it has ended;
+they come back with `give_back`, or at `stop`.
 """
 
 from __future__ import annotations
@@ -64,9 +68,11 @@ class Stream:
         self._ready: list[Token] = []
         self._waiter: asyncio.Future[None] | None = None
         self.sequences = sequences
-        self.arrival_s = arrival_s
+        self.arrival_s = self.queued_s = arrival_s
         self.is_stopped = is_stopped
         self.is_cancelled = False
+        self.is_let_go = False  # its consumer has gone
+        self.on_cancelled: Callable[[], object] | None = None  # called on the drive's loop
         self.due_s: list[list[float]] = [[] for _ in sequences]
         self.sent_s: list[list[float]] = [[] for _ in sequences]
 
@@ -97,6 +103,9 @@ class Stream:
         """Let `next_tokens` look again. On the drive's loop only."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        if self.is_cancelled and self.on_cancelled is not None:
+            on_cancelled, self.on_cancelled = self.on_cancelled, None
+            on_cancelled()
 
 
 class RealTimeDrive:
@@ -119,9 +128,12 @@ class RealTimeDrive:
         self._speedup_ratio = speedup_ratio
         self._model_now_s = 0.0  # end of the last step; the only clock there is when speedup_ratio is 0
         self._arrivals: deque[Stream] = deque()
+        self._wanting: dict[Stream, Callable[[], None]] = {}  # who waits for blocks before it is queued
+        self._kept: set[SequenceState] = set()  # ended, and their blocks are still taken
+        self.on_kept: Callable[[Stream, SequenceState], None] = lambda _stream, _sequence: None
         self._idle: asyncio.Future[None] | None = None
         self._lock = threading.Lock()
-        self._doomed: deque[Stream] = deque()
+        self._doomed: deque[Stream | SequenceState] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: BaseException | None = None
@@ -140,6 +152,8 @@ class RealTimeDrive:
         await asyncio.gather(*tasks, return_exceptions=True)
         for stream in set(self.streams.values()):
             self.cancel(stream)
+        for sequence in tuple(self._kept):
+            self.give_back(sequence)
         self._clock.close()
 
     @property
@@ -149,8 +163,8 @@ class RealTimeDrive:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that are not in the batch."""
-        return len(self.core.scheduler.waiting) + sum(len(stream.sequences) for stream in tuple(self._arrivals))
+        """Requests that are not in the batch. (Read without the lock: near enough.)"""
+        return max(0, len(self.streams) - self.core.scheduler.num_running)
 
     def now_s(self) -> float:
         """The model's time."""
@@ -158,23 +172,67 @@ class RealTimeDrive:
             return self._model_now_s
         return self._clock.now_s() * self._speedup_ratio
 
+    def real_s(self, model_s: float) -> float:
+        """The real seconds in which `model_s` of the model's pass."""
+        return model_s / self._speedup_ratio if self._speedup_ratio else 0.0
+
+    @property
+    def num_kept(self) -> int:
+        """Requests that have ended and whose blocks are still taken."""
+        return len(self._kept)
+
     def submit(self, requests: Sequence[Request], is_stopped: Callable[[], bool] = lambda: False) -> Stream:
         """
         Queue requests that arrive now, as one stream. Raises `RequestError` if one can never be served.
 
         `is_stopped` is asked every 20 ms whether the client has gone.
         """
+        stream = self.prepare(requests, is_stopped)
+        self.enqueue(stream)
+        return stream
+
+    def prepare(self, requests: Sequence[Request], is_stopped: Callable[[], bool] = lambda: False) -> Stream:
+        """A stream that is not queued yet. Raises `RequestError` if one of its requests can never be served."""
         self.raise_failure()
         sequences = [self.core.prepare(request) for request in requests]
         stream = Stream(self, sequences, self.now_s(), is_stopped)
         with self._lock:
             for sequence in sequences:
                 self.streams[sequence] = stream
-            self._arrivals.append(stream)
         self._reap()
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
         return stream
+
+    def want(self, stream: Stream, on_reserved: Callable[[], None]) -> None:
+        """
+        Let the first sequence of a prepared stream have the KV blocks of its prompt, first come, first served.
+
+        `on_reserved` is called on the loop, at once if it can have them now; never after the stream is cancelled.
+        """
+        with self._lock:
+            if not stream.is_cancelled:
+                self._wanting[stream] = on_reserved
+            self._reserve()
+        self._reap()
+
+    def enqueue(self, stream: Stream) -> None:
+        """Queue a prepared stream, now. A no-op if it has been cancelled meanwhile."""
+        with self._lock:
+            self._wanting.pop(stream, None)
+            if not stream.is_cancelled:
+                stream.queued_s = self.now_s()
+                self._arrivals.append(stream)
+        self._reap()
+        self._wake()
+
+    def forget_remote(self, stream: Stream) -> None:
+        """The KV cache of a prepared stream does not come: its prompt is computed here."""
+        for sequence in stream.sequences:
+            sequence.num_remote_tokens = 0
+
+    def give_back(self, sequence: SequenceState) -> None:
+        """Take the blocks back of an ended request that keeps them. Safe twice, and from any thread."""
+        self._doomed.append(sequence)
+        self._reap()
 
     def cancel(self, stream: Stream) -> None:
         """Forget a stream and give its KV blocks back. Safe at any time, twice, and from any thread."""
@@ -202,7 +260,13 @@ class RealTimeDrive:
         while self._doomed and self._lock.acquire(blocking=False):
             try:
                 while self._doomed:
-                    self._release(self._doomed.popleft())
+                    doomed = self._doomed.popleft()
+                    if isinstance(doomed, Stream):
+                        self._release(doomed)
+                    elif doomed in self._kept:
+                        self._kept.remove(doomed)
+                        self.core.scheduler.give_back(doomed)
+                        self._call_on_loop(self._wake)
             finally:
                 self._lock.release()
 
@@ -212,13 +276,32 @@ class RealTimeDrive:
             return
         if stream in self._arrivals:
             self._arrivals.remove(stream)
+        self._wanting.pop(stream, None)
         for sequence in open_sequences:
             self.core.cancel(sequence)
         self.on_change()
         stream.is_cancelled = True
+        self._call_on_loop(stream.wake)
+        if self._wanting or self.core.scheduler.waiting:
+            self._call_on_loop(self._wake)
+
+    def _call_on_loop(self, function: Callable[[], None]) -> None:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is waiting
-                self._loop.call_soon_threadsafe(stream.wake)
+                self._loop.call_soon_threadsafe(function)
+
+    def _wake(self) -> None:
+        """Let an idle drive look again. On its loop only."""
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _reserve(self) -> None:
+        """Give blocks to those who want them, as far as they go."""
+        while self._wanting:
+            stream = next(iter(self._wanting))
+            if not self.core.reserve(stream.sequences[0]):
+                return
+            self._wanting.pop(stream)()
 
     async def _run_guarded(self) -> None:
         try:
@@ -233,6 +316,7 @@ class RealTimeDrive:
         while True:
             with self._lock:
                 self._admit_arrivals()
+                self._reserve()
                 step = self.core.begin_step()
                 self.on_change()
             self._reap()
@@ -258,23 +342,28 @@ class RealTimeDrive:
         stream.push(token)
         if token.is_last:
             del self.streams[token.sequence]
+            if token.sequence.request.keeps_blocks:
+                self._kept.add(token.sequence)
+                self.on_kept(stream, token.sequence)
 
     def _admit_arrivals(self) -> None:
         """Hand over what has arrived by the model's time; an idle engine moves on to the next arrival."""
-        if self._arrivals and not self.core.has_work:
-            self._model_now_s = max(self._model_now_s, self._arrivals[0].arrival_s)
+        if self._arrivals and not self.core.is_busy:
+            self._model_now_s = max(self._model_now_s, self._arrivals[0].queued_s)
         limit_s = min(self._model_now_s, self.core.admission_limit_s)
-        while self._arrivals and self._arrivals[0].arrival_s <= limit_s:
+        while self._arrivals and self._arrivals[0].queued_s <= limit_s:
             for sequence in self._arrivals.popleft().sequences:
                 self.core.enqueue(sequence)
 
     async def _wait_for_arrival(self) -> None:
         self._idle = asyncio.get_running_loop().create_future()
         try:
-            if not self._arrivals:
+            if not self._arrivals and not self._doomed:
                 await self._idle
         finally:
             self._idle = None
+        if self.core.has_work:  # it waited for blocks that others keep, and goes on now
+            self._model_now_s = max(self._model_now_s, self.now_s())
 
     async def _watch_clients(self) -> None:
         while True:

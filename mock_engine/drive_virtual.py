@@ -144,6 +144,7 @@ class VirtualDrive:
         self._waiting_until_s = 0.0  # ...up to here
         self._next: simpy.Event | None = None  # the end of the step or run, or the begin of one; None when idle
         self._arrived: deque[Flight] = deque()  # too late for the next step
+        self._wanting: dict[Flight, Callable[[], None]] = {}  # who waits for blocks before it is queued
         self._expecting_second: list[Flight] = []  # their first token came out since the last decode step
         # Those that decode and got no token at the last step's end, since it only prefilled: when they got their last.
         self._stalled: dict[SequenceState, float] = {}
@@ -160,21 +161,55 @@ class VirtualDrive:
 
     def submit(self, request: Request, owner: Any = None) -> Flight:
         """Queue a request that arrives now. Raises `RequestError` if it can never be served."""
-        sequence = self.core.prepare(request)
-        if self._run is not None and self.core.scheduler.has_room:
+        flight = self.prepare(request, owner)
+        self.enqueue(flight)
+        return flight
+
+    def prepare(self, request: Request, owner: Any = None) -> Flight:
+        """The request, not queued yet: that is up to `enqueue`. Raises `RequestError` if it can never be served."""
+        return Flight(self.core.prepare(request), self._clock.now, owner)
+
+    def want(self, flight: Flight, on_reserved: Callable[[], None]) -> None:
+        """
+        Let it have the KV blocks of its prompt before it is queued, first come, first served.
+
+        `on_reserved` is called when it has them, at once if it can have them now; never once it is cancelled.
+        """
+        self._wanting[flight] = on_reserved
+        if self._run is not None:
+            self._cut_run()
+        self._reserve()
+
+    @property
+    def wanting(self) -> tuple[Flight, ...]:
+        """Who waits for that."""
+        return tuple(self._wanting)
+
+    def _reserve(self) -> None:
+        while self._wanting:
+            flight = next(iter(self._wanting))
+            if not self.core.reserve(flight.sequence):
+                return
+            self._wanting.pop(flight)()
+
+    def enqueue(self, flight: Flight) -> None:
+        """Queue what has been prepared; it arrives now."""
+        if self._run is not None and (self.core.scheduler.has_room or flight.sequence in self.core.scheduler.reserved):
             self._cut_run()
         self._count_waiting(self._clock.now)
-        flight = Flight(sequence, self._clock.now, owner)
+        flight.arrival_s = self._clock.now
         self._arrived.append(flight)
-        self.flights[sequence] = flight
+        self.flights[flight.sequence] = flight
         if self._observer is not None:
             self._observer.arrived(flight)
         if self._next is None:
             self._begin_soon()
-        return flight
 
     def cancel(self, flight: Flight) -> None:
         """Forget a request; its KV blocks are back when this returns. A no-op once it has ended."""
+        if flight.sequence.status is Status.NEW and flight.sequence not in self.flights:  # prepared, and no more
+            self._withdraw_prepared(flight)
+            return
         if self.flights.pop(flight.sequence, None) is None:
             return
         if self._run is not None:
@@ -195,6 +230,14 @@ class VirtualDrive:
         if self._next is None:
             self._begin_soon()
 
+    def _withdraw_prepared(self, flight: Flight) -> None:
+        self._wanting.pop(flight, None)
+        if self._run is not None:
+            self._cut_run()
+        self.core.cancel(flight.sequence)
+        if self._next is None:
+            self._begin_soon()
+
     def _begin_soon(self) -> None:
         self._next = self._clock.call_at(self._clock.now, self._begin, STEP_BEGINS)
 
@@ -209,6 +252,7 @@ class VirtualDrive:
         now_s = self._start_s = self._clock.now
         self._count_waiting(now_s)
         self._hand_over_arrived()
+        self._reserve()
         # Steps of a run are like the last one: all that decode got a token then.
         if not self._is_single_stepping and not self._arrived and not self._stalled:
             self._run = self.core.plan_run(now_s)

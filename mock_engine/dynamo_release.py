@@ -29,12 +29,15 @@ else:
 WorkerConfig: Any = _backend.WorkerConfig
 run_backend: Any = import_module(f"{_backend.__name__}.run").run
 
+DisaggregationMode: Any = import_module(f"{_backend.__name__.rpartition('.')[0]}.constants").DisaggregationMode
+
 HAS_DRAIN = hasattr(LLMEngine, "drain")  # of 1.2 only; where the base class has none, nobody calls it
 HAS_KV_ROUTING = hasattr(WorkerConfig, "enable_kv_routing")  # from 1.3 on workers publish KV events and loads
 
 __all__ = [
     "HAS_DRAIN",
     "HAS_KV_ROUTING",
+    "DisaggregationMode",
     "EngineShutdown",
     "InvalidArgument",
     "LLMEngine",

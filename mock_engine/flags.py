@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, ENGINE_TYPES, EngineSettings, flag_of
+from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S
+from mock_engine.roles import ROLES
 from mock_engine.router_settings import ROUTER_MODES, RouterSettings
 
 
@@ -94,13 +96,21 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
             action=argparse.BooleanOptionalAction,
             help=f"{text} (default: yes; of serve and bench: with --router-mode kv)",
         )
+    add_bandwidth_flag(group)
+    group.add_argument(
+        "--kv-transfer-timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="how long a prefill worker keeps a KV cache that no decode worker asks for (%(default)s)",
+    )
 
 
 def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where a worker is found in Dynamo's cluster, and where it records."""
     group = parser.add_argument_group("Dynamo", "defaults come from Dynamo's own environment variables")
     group.add_argument("--namespace", default=os.environ.get("DYN_NAMESPACE", "dynamo"))
-    group.add_argument("--component", default="backend")
+    group.add_argument("--component", help="(prefill for a prefill worker, backend for others)")
     group.add_argument("--endpoint", default="generate")
     group.add_argument("--endpoint-types", default="chat,completions")
     group.add_argument("--discovery-backend", default=os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"))
@@ -108,12 +118,42 @@ def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--event-plane", default=os.environ.get("DYN_EVENT_PLANE"))
     group.add_argument("--record", type=Path, metavar="DIR", help="write timeline.jsonl and requests.jsonl there")
     group.add_argument("--status", type=Path, metavar="FILE", help="keep the engine's latest state there, as JSON")
+    group.add_argument(
+        "--disaggregation-mode",
+        default=ROLES[0],
+        metavar=f"{{{','.join(ROLES)}}}",
+        help="do all of a request, only its prompt, or what comes after it (%(default)s)",
+    )
+    group.add_argument(
+        "--kv-transfer-host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address of this prefill worker that decode workers can reach (%(default)s)",
+    )
+
+
+def add_bandwidth_flag(group: argparse._ArgumentGroup) -> None:
+    """Add the flag that says how fast KV caches go from prefill to decode workers."""
+    group.add_argument(
+        "--kv-transfer-bandwidth",
+        type=float,
+        default=DEFAULT_BANDWIDTH,
+        metavar="GB/S",
+        help="of a worker's link from prefill to decode, each way (%(default)s)",
+    )
+
+
+def add_role_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how many workers there are of each role; none has a default of its own."""
+    group.add_argument("--workers", type=int, metavar="N", help="workers that do all of a request (1)")
+    group.add_argument("--prefill-workers", type=int, metavar="N", help="workers that only compute prompts")
+    group.add_argument("--decode-workers", type=int, metavar="N", help="workers that only make output tokens")
 
 
 def add_fleet_flags(parser: argparse.ArgumentParser, default_port: int) -> None:
     """Add the flags that say how many workers there are, and where the frontend listens."""
     group = parser.add_argument_group("deployment")
-    group.add_argument("--workers", type=int, default=1, metavar="N", help="mock workers, each a GPU (%(default)s)")
+    add_role_flags(group)
     group.add_argument("--host", default="127.0.0.1", help="address the frontend listens on (%(default)s)")
     group.add_argument(
         "--port", type=int, default=default_port, help="port it listens on; 0: any free one (%(default)s)"

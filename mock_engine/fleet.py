@@ -22,6 +22,7 @@ from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import ConfigError, ProcessError
 from mock_engine.processes import Part, Parts, free_port, http_json, last_words
 from mock_engine.recorder import TimelineRow, read_status
+from mock_engine.roles import check_num_workers
 from mock_engine.router_settings import RouterSettings
 from mock_engine.worker_settings import WorkerSettings
 
@@ -46,16 +47,27 @@ class FleetSettings:
     """What to start. `port` 0 takes any free one. Raises `ConfigError` for values out of range."""
 
     worker: WorkerSettings
-    num_workers: int = 1
+    groups: tuple[tuple[str, int], ...] = (("agg", 1),)  # roles, and how many workers there are of each
     router: RouterSettings = field(default_factory=RouterSettings)
     host: str = "127.0.0.1"
     port: int = 8000
 
     def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise ConfigError(f"--workers is {self.num_workers}; it must be at least 1")
+        check_num_workers(self.groups)
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port is {self.port}; it must be 1 to 65535, or 0 for any free one")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of each worker; they count from 0 through all groups."""
+        return tuple(role for role, number in self.groups for _ in range(number))
+
+    @property
+    def worker_names(self) -> tuple[str, ...]:
+        """worker-0 and so on; with roles prefill-0, decode-0, decode-1, ..."""
+        return tuple(
+            f"{'worker' if role == 'agg' else role}-{number}" for role, count in self.groups for number in range(count)
+        )
 
     @property
     def has_kv_events(self) -> bool:
@@ -63,7 +75,7 @@ class FleetSettings:
         worker, is_routed_by_kv = self.worker, self.router.router_mode == "kv"
         return all(is_routed_by_kv if on is None else on for on in (worker.enable_kv_events, worker.enable_kv_routing))
 
-    def worker_settings(self, model_name: str, record: Path | None, status: Path) -> WorkerSettings:
+    def worker_settings(self, role: str, model_name: str, record: Path | None, status: Path) -> WorkerSettings:
         """
         Of one worker. What it publishes, unless the user says so, follows from the router: Dynamo's ZMQ event plane
         (1.3.1 to 1.6.1) listens on all interfaces, so it is not used for nothing.
@@ -72,6 +84,7 @@ class FleetSettings:
         return replace(
             worker,
             model_name=model_name,
+            disaggregation_mode=role,
             enable_kv_events=self.has_kv_events,
             enable_kv_routing=is_routed_by_kv if worker.enable_kv_routing is None else worker.enable_kv_routing,
             record=record,
@@ -99,7 +112,7 @@ class Fleet:
 
     def record_folder(self, worker: int) -> Path:
         """Where that worker records."""
-        return self.folder / f"worker-{worker}"
+        return self.folder / self.settings.worker_names[worker]
 
     def status(self, worker: int) -> TimelineRow | None:
         """The latest state of a worker; None before it has started."""
@@ -137,8 +150,8 @@ class Fleet:
             "DYN_FILE_KV": str(self.folder / "discovery"),
         }
         self._parts.spawn("frontend", self._frontend_arguments(), environment)
-        for worker in range(self.settings.num_workers):
-            self._parts.spawn(f"worker-{worker}", self._worker_arguments(worker), environment)
+        for worker, name in enumerate(self.settings.worker_names):
+            self._parts.spawn(name, self._worker_arguments(worker), environment)
 
     def _frontend_arguments(self) -> list[str]:
         where = ["--http-host", self.settings.host, "--http-port", str(self.port)]
@@ -150,12 +163,13 @@ class Fleet:
     def _worker_arguments(self, worker: int) -> list[str]:
         # All with the same seed: an answer does not depend on the worker that gives it.
         record = self.record_folder(worker) if self._is_recorded else None
-        settings = self.settings.worker_settings(self.model, record, self._status_path(worker))
+        role = self.settings.roles[worker]
+        settings = self.settings.worker_settings(role, self.model, record, self._status_path(worker))
         return ["-m", "mock_engine", "worker", *settings.to_argv(), *PLANES]
 
     def _wait_until_it_answers(self) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        while self._num_registered() < self.settings.num_workers:
+        while self._num_registered() < len(self.settings.roles):
             self.check()
             if time.monotonic() > deadline_s:
                 logs = "".join(f"\n{part.name}:{last_words(part.log_path)}" for part in self.parts)
@@ -181,4 +195,4 @@ class Fleet:
         return sum(instance["endpoint"] == "generate" for instance in instances)
 
     def _status_path(self, worker: int) -> Path:
-        return self.folder / f"worker-{worker}.status.json"
+        return self.folder / f"{self.settings.worker_names[worker]}.status.json"

@@ -24,10 +24,13 @@ from mock_engine.recorder import RequestRow
 class LiveRequest:
     """The choices of one prompt, which live and die together."""
 
-    def __init__(self, request_id: str, answers: Sequence[Answer], stream: Stream) -> None:
+    def __init__(
+        self, request_id: str, answers: Sequence[Answer], stream: Stream, num_cached_tokens: int | None = None
+    ) -> None:
         self.request_id = request_id
         self.answers = answers
         self.stream = stream
+        self._num_cached_tokens = num_cached_tokens  # of a prompt that was computed elsewhere
         self.num_sent = 0  # tokens, over all choices
         self._num_left = len(answers)
         self._arrival_unix_s = time.time()
@@ -73,13 +76,14 @@ class LiveRequest:
     def usage(self) -> dict[str, Any]:
         """`completion_usage` of what has been sent, over all choices; the prompt counts once."""
         first = self.stream.sequences[0]
+        num_cached_tokens = first.num_cached_tokens if self._num_cached_tokens is None else self._num_cached_tokens
         usage: dict[str, Any] = {
             "prompt_tokens": first.request.isl_tokens,
             "completion_tokens": self.num_sent,
             "total_tokens": first.request.isl_tokens + self.num_sent,
         }
-        if first.num_cached_tokens is not None:
-            usage["prompt_tokens_details"] = {"cached_tokens": first.num_cached_tokens}
+        if num_cached_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": num_cached_tokens}
         return usage
 
     def rows(self) -> list[RequestRow]:

@@ -1,7 +1,7 @@
 """
 What a fleet is doing, on a terminal and as plain lines.
 
-    view = FleetView()
+    view = FleetView(fleet.settings.worker_names)
     view.table([fleet.status(0), ...])     for rich's Live, one row a worker
     view.line([...])                       one line for a log
 """
@@ -22,7 +22,8 @@ _RATE_WINDOW_S = 1.0
 class FleetView:
     """Remembers what it saw, to say how many tokens a second went out since."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self._names = [name.removeprefix("worker-") for name in names]
         self._seen: dict[int, list[TimelineRow]] = {}
 
     def table(self, states: Sequence[TimelineRow | None]) -> Table:
@@ -35,11 +36,12 @@ class FleetView:
         for column in ("tokens/s", "prefix hits", "preempted", "late p50", "late p99"):
             table.add_column(column, justify="right")
         for worker, state in enumerate(states):
+            name = self._names[worker] if self._names else str(worker)
             if state is None:
-                table.add_row(str(worker))
+                table.add_row(name)
                 continue
             table.add_row(
-                str(worker),
+                name,
                 str(state.num_running),
                 str(state.num_waiting),
                 _kv_bar(state),

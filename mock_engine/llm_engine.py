@@ -23,6 +23,7 @@ from mock_engine.drive_realtime import RealTimeDrive, Stream
 from mock_engine.dynamo_release import (
     HAS_DRAIN,
     HAS_KV_ROUTING,
+    DisaggregationMode,
     EngineShutdown,
     InvalidArgument,
     LLMEngine,
@@ -44,6 +45,7 @@ from mock_engine.realtime_clock import RealTimeClock
 from mock_engine.recorder import Recorder
 from mock_engine.recording import INTERVAL_S, Recording
 from mock_engine.step import StepLoad
+from mock_engine.worker_roles import AggregatedRole, make_role
 from mock_engine.worker_settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             parser.error(str(error))
         config = WorkerConfig(
             namespace=flags.namespace,
-            component=flags.component,
+            component=flags.component or ("prefill" if settings.disaggregation_mode == "prefill" else "backend"),
             endpoint=flags.endpoint,
             model_name=str(settings.model_path),
             served_model_name=engine.served_model_name,
@@ -85,6 +87,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             discovery_backend=flags.discovery_backend,
             request_plane=flags.request_plane,
             event_plane=flags.event_plane,
+            disaggregation_mode=DisaggregationMode(settings.disaggregation_mode),
             **({"enable_kv_routing": settings.enable_kv_routing is not False} if HAS_KV_ROUTING else {}),
         )
         return engine, config
@@ -96,7 +99,6 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
 
     async def start(self, worker_id: int) -> Any:
         """Be ready to serve; return Dynamo's `EngineConfig`. Raises `EngineShutdown` if that is not possible."""
-        del worker_id
         settings = self.settings
         try:
             engine = self._engine
@@ -112,6 +114,10 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             drive.on_change = partial(feed.note_load, rank)
             self._drives.append(drive)
             drive.start()
+        try:
+            await self._role.start(self._drives, worker_id)
+        except MockEngineError as error:
+            raise EngineShutdown(str(error)) from error
         if self._recording is not None:
             self._recording.start()
         logger.info(
@@ -170,6 +176,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                     yield live.cancelled_chunk()
                     return
                 for chunk in live.chunks(tokens):
+                    if "finish_reason" in chunk:
+                        chunk.update(self._role.terminal_of(live.stream))
                     yield chunk
         finally:
             self._close(live)
@@ -185,6 +193,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         self._is_stopped = True
         for drive in self._drives:
             await drive.stop()
+        await self._role.stop()
         if self._kv_feed is not None:
             self._kv_feed.close()
         recording, self._recording = self._recording, None
@@ -192,19 +201,31 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             await recording.stop()
 
     async def is_quiescent(self) -> bool:
-        """True when no request is open. From ai-dynamo 1.3 on, polled on prefill workers before `cleanup`."""
-        return self._num_open() == 0
+        """
+        True when no request is open and no KV cache is to be fetched. From ai-dynamo 1.3 on, polled on prefill
+        workers before `cleanup`.
+        """
+        return self._is_quiescent
 
     if HAS_DRAIN:
 
         async def drain(self) -> None:
-            """Return when no request is open. ai-dynamo 1.2 calls it once, before `cleanup`; later ones never do."""
-            while self._num_open():  # noqa: ASYNC110  (requests end on any thread; an Event belongs to one)
+            """Return when that is so. ai-dynamo 1.2 calls it once, before `cleanup`; later ones never do."""
+            while not self._is_quiescent:  # noqa: ASYNC110  (requests end on any thread; an Event belongs to one)
                 await asyncio.sleep(INTERVAL_S)
 
     def conformance_probe(self) -> _Probe:
         """What requests hold, exactly, for the conformance suite (docs/conformance.md). Dynamo never calls it."""
         return _Probe(self)
+
+    @property
+    def _is_quiescent(self) -> bool:
+        return self._num_open() == 0 and self._role.num_transfers == 0
+
+    @cached_property
+    def _role(self) -> AggregatedRole:
+        """What this worker does of a request."""
+        return make_role(self.settings, self._engine)
 
     @cached_property
     def _engines(self) -> list[Engine]:
@@ -235,20 +256,22 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             raise EngineShutdown("the engine is not running")
         request_id = context.id()
         try:
-            answers = self._planner.plan(request_id, request)
+            answers, handoff = self._role.plan(self._planner, request_id, request)
             drive = self._drives[choose_rank(request, self._drives)]
-            stream = drive.submit([answer.request for answer in answers], context.is_stopped)
+            stream = self._role.submit(drive, answers, handoff, context.is_stopped)
         except RequestError as error:
             raise InvalidArgument(str(error)) from error
         except RuntimeError as error:
             raise EngineShutdown(str(error)) from error
-        live = LiveRequest(request_id, answers, stream)
+        num_cached_tokens = None if handoff is None else handoff.num_cached_tokens
+        live = LiveRequest(request_id, answers, stream, num_cached_tokens)
         self._open[stream] = live
         return live
 
     def _close(self, live: LiveRequest) -> None:
         """Synchronous, and safe on any thread: a dropped stream is finalized where it is dropped."""
         live.cancel()
+        self._role.let_go(live.stream)
         self._open.pop(live.stream, None)
         recording = self._recording
         if recording is not None:
@@ -292,6 +315,7 @@ class _Probe:
             "running": sum(scheduler.num_running for scheduler in schedulers),
             "waiting": sum(drive.num_waiting for drive in drives),
             "kv_blocks": sum(scheduler.blocks.num_used for scheduler in schedulers),
+            "transfers": engine._role.num_transfers,
         }
 
 

@@ -13,8 +13,8 @@ started; those that say `unix` are real.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -78,6 +78,33 @@ class RequestRow:
     def itl_s(self) -> float | None:
         """Mean time between due tokens, as AIPerf counts it; None for a single token."""
         return (self.due_s[-1] - self.due_s[0]) / (len(self.due_s) - 1) if len(self.due_s) > 1 else None
+
+
+def joined(prefill_rows: Sequence[RequestRow], decode_rows: Sequence[RequestRow]) -> list[RequestRow]:
+    """
+    Requests as their clients saw them, of what prefill and decode workers recorded.
+
+    A request has the same id on both. What it took the prefill worker to compute the prompt comes before what it took
+    the decode worker; what lies between them is the host's doing. Requests that never came to a decode worker, or
+    were none of a prefill worker, are as they are.
+    """
+    first = {row.request_id: row for row in prefill_rows}
+    rows = []
+    for row in decode_rows:
+        prefill = first.pop(row.request_id, None)
+        if prefill is None or not prefill.is_whole:
+            rows.append(row)
+            continue
+        rows.append(
+            replace(
+                row,
+                arrival_unix_s=prefill.arrival_unix_s,
+                arrival_s=row.arrival_s - prefill.ttft_s,
+                num_cached_tokens=prefill.num_cached_tokens,
+                num_preemptions=row.num_preemptions + prefill.num_preemptions,
+            )
+        )
+    return [*rows, *(row for row in first.values() if not row.is_whole)]
 
 
 class Recorder:

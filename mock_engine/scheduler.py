@@ -80,8 +80,10 @@ class Scheduler(ABC):
         self.num_prefix_queries_tokens = 0  # prompt tokens looked up in the prefix cache
         self.num_prefix_hits_tokens = 0  # ... and found there
         self.num_kept_blocks = 0  # of finished sequences whose requests keep them
+        self.reserved: dict[SequenceState, None] = {}  # those that have blocks and have not been in the batch
         self._is_in_decode_step = False  # the blocks of those that decode are taken, their tokens not counted
         self._is_head_blocked = False  # the first that waits found too few blocks, and nobody has left since
+        self._is_reserve_blocked = False  # the same for the last that wanted blocks before it is queued
         self._publishers: dict[SequenceState, None] = {}  # those that decode and have blocks to offer for sharing
 
     @property
@@ -110,10 +112,39 @@ class Scheduler(ABC):
             )
 
     def add(self, sequence: SequenceState) -> None:
-        """Queue a new sequence, whose request the caller has checked."""
+        """Queue a new sequence, whose request the caller has checked: at the end, or first if it has its blocks."""
         assert sequence.status is Status.NEW, "a sequence is queued once"
         sequence.status = Status.WAITING
-        self.waiting.append(sequence)
+        if sequence in self.reserved:
+            self._is_head_blocked = False
+            self._queue_first(sequence)
+        else:
+            self.waiting.append(sequence)
+
+    def reserve(self, sequence: SequenceState) -> bool:
+        """
+        Take the blocks for the prompt of a new sequence, into which another worker will send its KV cache.
+
+        It is queued with `add` when that is there. False, and nothing changes, as long as there are too few, the
+        batch is full, or somebody waits who has none: first come, first served, as in vLLM. Whoever has been given
+        blocks so can run without another one, and those that wait before it can too. So somebody always runs.
+        """
+        assert sequence.status is Status.NEW, "who is queued takes blocks when its turn comes"
+        if self._is_reserve_blocked or self.num_running >= self.config.max_num_seqs:
+            return False
+        if any(each not in self.reserved for each in self.waiting):
+            return False
+        self._offer_decoded()
+        hits = self._prefix_hits(sequence)
+        num_taken = self._num_blocks_to_admit(sequence, sequence.num_tokens) - len(hits) + self.blocks.num_unheld(hits)
+        if num_taken > self.blocks.num_available - self._num_reserved_blocks() - self._num_blocks_to_come():
+            self._is_reserve_blocked = True
+            return False
+        self._claim(sequence, hits)
+        has_grown = self.blocks.grow(sequence.table, self._num_blocks(sequence.num_tokens))
+        assert has_grown, "availability was checked"
+        self.reserved[sequence] = None
+        return True
 
     def cancel(self, sequence: SequenceState) -> None:
         """Drop a sequence and take its blocks back, whatever it was doing. A no-op once it is final."""
@@ -124,13 +155,17 @@ class Scheduler(ABC):
         elif sequence.status is not Status.NEW:
             self._is_head_blocked = self._is_head_blocked and sequence is not self.waiting[0]
             self.waiting.remove(sequence)
+        if sequence in self.reserved:
+            del self.reserved[sequence]
+            self.blocks.release(sequence.table)
+            self._note_room()
         sequence.status = Status.CANCELLED
 
     def give_back(self, sequence: SequenceState) -> None:
         """Take the blocks back of a finished sequence whose request keeps them."""
         self.num_kept_blocks -= sequence.table.num_blocks
         self.blocks.release(sequence.table)
-        self._is_head_blocked = False
+        self._note_room()
 
     @abstractmethod
     def schedule(self) -> Schedule:
@@ -218,33 +253,28 @@ class Scheduler(ABC):
         """Take waiting sequences into the batch, first come, first served, while budget, limits and blocks allow."""
         if not self.is_admitting:
             return
-        for publisher in list(self._publishers):
-            self._publish_decoded(publisher)
-        num_reserved = self._num_reserved_blocks()
+        self._offer_decoded()
+        num_reserved = self._num_reserved_blocks() + self._num_blocks_to_come()
         while self.waiting and budget > 0 and self.num_running < self.config.max_num_seqs:
             sequence = self.waiting[0]
-            hits = self._prefix_hits(sequence)
-            num_cached_tokens = len(hits) * self.blocks.block_size
-            # Blocks that another worker has filled are here once: who is preempted computes them.
-            num_remote_tokens = 0 if sequence.num_preemptions else sequence.request.num_remote_tokens
-            num_computed_tokens = max(num_cached_tokens, num_remote_tokens)
+            has_blocks = sequence in self.reserved
+            hits = tuple(sequence.table.hashes) if has_blocks else self._prefix_hits(sequence)
+            num_computed_tokens = max(len(hits) * self.blocks.block_size, sequence.num_remote_tokens)
             num_new = sequence.num_tokens - num_computed_tokens
             if num_new > budget:
                 if not self.config.enable_chunked_prefill:
                     return
                 num_new = budget
             num_blocks = self._num_blocks_to_admit(sequence, num_computed_tokens + num_new)
-            num_taken = num_blocks - len(hits) + self.blocks.num_unheld(hits)
-            if num_taken > self.blocks.num_available - num_reserved:
-                self._is_head_blocked = True
-                return
-            self.blocks.claim_prefix(sequence.table, hits)
+            if has_blocks:
+                del self.reserved[sequence]
+            else:
+                num_taken = num_blocks - len(hits) + self.blocks.num_unheld(hits)
+                if num_taken > self.blocks.num_available - num_reserved:
+                    self._is_head_blocked = True
+                    return
+                self._claim(sequence, hits)
             sequence._num_computed_tokens = num_computed_tokens
-            sequence.num_published_blocks = len(hits)
-            if sequence.num_cached_tokens is None:
-                sequence.num_cached_tokens = num_cached_tokens
-                self.num_prefix_queries_tokens += sequence.request.isl_tokens
-                self.num_prefix_hits_tokens += num_cached_tokens
             self.waiting.popleft()
             sequence.status = Status.RUNNING
             self.prefilling[sequence] = None
@@ -258,6 +288,7 @@ class Scheduler(ABC):
         """Take the blocks of a running sequence back. The policy queues it again."""
         self._leave(sequence)
         sequence._num_computed_tokens = 0
+        sequence.num_remote_tokens = 0  # what another worker has sent is gone: it is computed here
         sequence.num_published_blocks = 0
         sequence.num_preemptions += 1
         sequence.status = Status.PREEMPTED
@@ -278,7 +309,30 @@ class Scheduler(ABC):
                 chunks.append(PrefillChunk(num_new, past))
         return Schedule(prefills, has_decodes, StepLoad(tuple(chunks), decode_batch_size, context_tokens))
 
+    def _queue_first(self, sequence: SequenceState) -> None:
+        """Before all that wait but those with blocks, whom it could otherwise keep from running, and they it."""
+        place = next((n for n, each in enumerate(self.waiting) if each not in self.reserved), len(self.waiting))
+        self.waiting.insert(place, sequence)
+
     # Book-keeping.
+
+    def _num_blocks_to_come(self) -> int:
+        """Blocks that those who have the blocks of their prompt were promised beside them."""
+        return sum(self._num_blocks_to_admit(each, each.num_tokens) - each.table.num_blocks for each in self.reserved)
+
+    def _claim(self, sequence: SequenceState, hits: tuple[int, ...]) -> None:
+        """Let it hold the blocks at its start that are in the cache, and count them."""
+        self.blocks.claim_prefix(sequence.table, hits)
+        sequence.num_published_blocks = len(hits)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = len(hits) * self.blocks.block_size
+            self.num_prefix_queries_tokens += sequence.request.isl_tokens
+            self.num_prefix_hits_tokens += sequence.num_cached_tokens
+
+    def _offer_decoded(self) -> None:
+        """Somebody looks for blocks: offer all that decoding has filled for sharing."""
+        for publisher in list(self._publishers):
+            self._publish_decoded(publisher)
 
     def _advance_decodes(self, num_steps: int) -> list[SequenceState]:
         """So many decode steps are over: end those that have made their last token."""
@@ -323,7 +377,11 @@ class Scheduler(ABC):
             self.num_kept_blocks += sequence.table.num_blocks
         else:
             self.blocks.release(sequence.table)
-        self._is_head_blocked = False
+        self._note_room()
+
+    def _note_room(self) -> None:
+        """Somebody has left: who found too few blocks may look again."""
+        self._is_head_blocked = self._is_reserve_blocked = False
 
     def _settle_table(self, sequence: SequenceState) -> None:
         """Enter the blocks that a sequence took while it decoded into its table."""

@@ -41,6 +41,7 @@ class SequenceState:
         "num_cached_tokens",
         "num_preemptions",
         "num_published_blocks",
+        "num_remote_tokens",
         "request",
         "status",
         "table",
@@ -51,6 +52,7 @@ class SequenceState:
         self.status = Status.NEW
         self.num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until first scheduled
         self.num_preemptions = 0
+        self.num_remote_tokens = request.num_remote_tokens  # 0 where they never came, or are gone
         self.num_published_blocks = 0  # full blocks of this sequence that were offered for sharing
         self.table = BlockTable()  # without the private blocks that decoding has added since it began
         # While it decodes (and has a clock), both are less the number of decode steps completed.

@@ -58,7 +58,8 @@ def describe(fleet: Fleet) -> dict[str, Any]:
         "model": fleet.model,
         "profile": engine.profile.name,
         "tokenizer": str(fleet.settings.worker.model_path),
-        "num_workers": fleet.settings.num_workers,
+        "num_workers": len(fleet.settings.roles),
+        "roles": dict(fleet.settings.groups),
         "data_parallel_size": fleet.settings.worker.data_parallel_size,
         "router_mode": fleet.settings.router.router_mode,
         "total_kv_blocks": engine.num_blocks,
@@ -92,6 +93,8 @@ def print_welcome(fleet: Fleet, console: Console) -> None:
     facts = describe(fleet)
     num_workers, num_ranks = facts["num_workers"], facts["data_parallel_size"]
     workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
+    if "agg" not in facts["roles"]:
+        workers += f" ({', '.join(f'{number} {role}' for role, number in facts['roles'].items())})"
     if num_ranks > 1:
         workers += f" of {num_ranks} ranks"
     workers += " with" if num_workers * num_ranks == 1 else ", each with"
@@ -120,7 +123,7 @@ def print_plain(console: Console, text: str) -> None:
 
 
 def _watch_live(fleet: Fleet, console: Console) -> None:
-    view = FleetView()
+    view = FleetView(fleet.settings.worker_names)
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
             fleet.check()
@@ -130,7 +133,7 @@ def _watch_live(fleet: Fleet, console: Console) -> None:
 
 def _watch_in_lines(fleet: Fleet, console: Console) -> None:
     """A line now and then, when it says something new."""
-    view = FleetView()
+    view = FleetView(fleet.settings.worker_names)
     last = ""
     next_line_s = time.monotonic()
     while True:
@@ -143,4 +146,4 @@ def _watch_in_lines(fleet: Fleet, console: Console) -> None:
 
 
 def _states(fleet: Fleet) -> list[TimelineRow | None]:
-    return [fleet.status(worker) for worker in range(fleet.settings.num_workers)]
+    return [fleet.status(worker) for worker in range(len(fleet.settings.roles))]

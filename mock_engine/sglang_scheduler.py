@@ -15,8 +15,9 @@ Source: sglang 0.5.9, python/sglang/srt/managers: scheduler.py, `get_next_batch_
 schedule_policy.py, `PrefillAdder`; schedule_batch.py, `retract_decode`. Left out: max_prefill_tokens (16,384, more than
 a chunk), chunks cut at page ends, and other orders than the default, first come, first served; that the share sinks
 while somebody waits for it (who found too few blocks is looked at again when somebody has left: in a full cache ITL
-comes out up to 6 % lower); that a decode worker of disaggregated serving takes over a sequence without a pass of its
-own. A retracted sequence finds the blocks it filled, if they are still there; SGLang keeps only those of its prompt.
+comes out up to 6 % lower). In a decode worker, sequences whose prompt has come from a prefill worker join those that
+decode without a pass of their own. A retracted sequence finds the blocks it filled, if they are still there; SGLang
+keeps only those of its prompt.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class SglangScheduler(Scheduler):
         assert len(prefills) == len(self.prefilling), "who is admitted has blocks for all its prompt"
         self._admit(prefills, budget)
         if prefills:
-            return self._schedule_of(prefills, has_decodes=False)
+            are_handed_over = all(each.num_remote_tokens for each, _ in prefills)
+            return self._schedule_of(prefills, has_decodes=are_handed_over and self._grow_decoding())
         if not self._grow_decoding():
             self._retract()
         return self._schedule_of(prefills, has_decodes=True)

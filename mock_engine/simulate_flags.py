@@ -12,10 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mock_engine.deployment import TRANSFER_MODES, DeploymentSettings, WorkerGroup
+from mock_engine.deployment import DeploymentSettings, WorkerGroup
 from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import ConfigError
-from mock_engine.flags import add_data_parallel_flag, add_engine_flags, add_router_flags, add_shared_load_flags
+from mock_engine.flags import (
+    add_bandwidth_flag,
+    add_data_parallel_flag,
+    add_engine_flags,
+    add_role_flags,
+    add_router_flags,
+    add_shared_load_flags,
+)
+from mock_engine.kv_transfer import TRANSFER_MODES
+from mock_engine.roles import num_workers_by_role
 from mock_engine.router_settings import RouterSettings
 from mock_engine.simulation import SimulationSettings
 from mock_engine.slos import parse_slos
@@ -127,7 +136,7 @@ def add_simulated_deployment_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is deployed in a simulation, spelled as Dynamo spells them where it has them."""
     defaults = DeploymentSettings((WorkerGroup(EngineSettings()),))
     group = parser.add_argument_group("deployment")
-    group.add_argument("--workers", type=int, metavar="N", help="workers that do all of a request (1)")
+    add_role_flags(group)
     group.add_argument(
         "--add-workers",
         action="append",
@@ -136,17 +145,9 @@ def add_simulated_deployment_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N:PROFILE",
         help="so many more, of another profile; repeatable",
     )
-    group.add_argument("--prefill-workers", type=int, metavar="N", help="workers that only compute prompts")
-    group.add_argument("--decode-workers", type=int, metavar="N", help="workers that only make output tokens")
     group.add_argument("--decode-profile", metavar="PROFILE", help="of the decode workers (default: --profile)")
     add_data_parallel_flag(group)
-    group.add_argument(
-        "--kv-transfer-bandwidth",
-        type=float,
-        default=defaults.kv_transfer_bandwidth,
-        metavar="GB/S",
-        help="of a worker's link, each way (%(default)s)",
-    )
+    add_bandwidth_flag(group)
     group.add_argument(
         "--kv-transfer-timing-mode",
         default=defaults.kv_transfer_timing_mode,
@@ -213,21 +214,21 @@ def settings_from_flags(flags: argparse.Namespace) -> SimulationSettings:
 
 def _worker_groups(flags: argparse.Namespace) -> tuple[WorkerGroup, ...]:
     engine = EngineSettings.from_flags(flags)
-    if flags.prefill_workers is None and flags.decode_workers is None:
+    groups = num_workers_by_role(flags.workers, flags.prefill_workers, flags.decode_workers)
+    if groups[0][0] == "agg":
         if flags.decode_profile is not None:
             raise ConfigError("--decode-profile is about disaggregated serving, which needs --decode-workers")
         more = [
             WorkerGroup(dataclasses.replace(engine, profile=profile), number) for number, profile in flags.add_workers
         ]
-        return (WorkerGroup(engine, 1 if flags.workers is None else flags.workers), *more)
-    if flags.workers is not None or flags.add_workers:
+        return (WorkerGroup(engine, groups[0][1]), *more)
+    if flags.add_workers:
         raise ConfigError(
-            "--workers and --add-workers do all of a request, --prefill-workers and --decode-workers each a part; "
-            "give the one or the other"
+            "--add-workers do all of a request, --prefill-workers and --decode-workers each a part; give the one or "
+            "the other"
         )
     decode_engine = dataclasses.replace(engine, profile=flags.decode_profile or engine.profile)
-    pools = ((engine, flags.prefill_workers, "prefill"), (decode_engine, flags.decode_workers, "decode"))
-    return tuple(WorkerGroup(settings, number, role) for settings, number, role in pools if number is not None)
+    return tuple(WorkerGroup(decode_engine if role == "decode" else engine, number, role) for role, number in groups)
 
 
 def swept_flags(flags: argparse.Namespace) -> list[tuple[dict[str, object], argparse.Namespace]]:

@@ -43,5 +43,5 @@ class VllmScheduler(Scheduler):
     def _preempt_newest(self) -> SequenceState:
         sequence = next(reversed(self.prefilling or self.decoding))
         self._preempt(sequence)
-        self.waiting.appendleft(sequence)
+        self._queue_first(sequence)
         return sequence

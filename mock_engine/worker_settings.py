@@ -1,6 +1,6 @@
 """
-What a worker is told besides its engine's settings: which model it pretends to be, how many engines it has, what it
-publishes, and where it records.
+What a worker is told besides its engine's settings: which model it pretends to be, how many engines it has, its role,
+what it publishes, and where it records.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings, argv_of
 from mock_engine.errors import ConfigError
+from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S, check_bandwidth
 from mock_engine.output_tokens import find_tokenizer
+from mock_engine.roles import ROLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,10 @@ class WorkerSettings:
     model_path: Path = DEFAULT_TOKENIZER
     model_name: str | None = None  # default: the profile's model
     data_parallel_size: int = 1  # engines in it, each with its own KV cache and GPUs
+    disaggregation_mode: str = "agg"
+    kv_transfer_bandwidth: float = DEFAULT_BANDWIDTH  # GB/s, each way
+    kv_transfer_host: str = "127.0.0.1"  # where decode workers reach it
+    kv_transfer_timeout: float = DEFAULT_TIMEOUT_S  # real seconds
     enable_kv_events: bool | None = None  # default: yes; in a fleet, if its router goes by them
     enable_kv_routing: bool | None = None  # these and loads are published at all; the same default
     record: Path | None = None  # folder of a recording
@@ -30,6 +36,14 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         find_tokenizer(self.model_path)
         check_data_parallel_size(self.data_parallel_size)
+        if self.disaggregation_mode not in ROLES:
+            raise ConfigError(
+                f"--disaggregation-mode is {self.disaggregation_mode!r}; allowed is {', '.join(ROLES)}. "
+                f"Leave it out for a worker that does all of a request."
+            )
+        check_bandwidth(self.kv_transfer_bandwidth)
+        if not 0 < self.kv_transfer_timeout < float("inf"):
+            raise ConfigError(f"--kv-transfer-timeout is {self.kv_transfer_timeout:g}; it must be above 0, in seconds")
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> WorkerSettings:

@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors request session",
     "step kv_blocks latency_table monotone roofline gpu_datasheets engine_defaults profile model_config profile_writing"
-    " lateness tokenizer_words output_tokens aiperf_schema columns slos state_log json_file",
+    " roles kv_transfer lateness tokenizer_words output_tokens aiperf_schema columns slos state_log json_file",
     "sequence decode_batch scheduler_config scheduler vllm_scheduler sglang_scheduler trtllm_scheduler"
-    " timing step_times prompt kv_events",
+    " timing step_times prompt handoff kv_events",
     "core",
-    "realtime_clock recorder drive_realtime drive_virtual engine_settings trace_files workload"
-    " aiperf_records simulation_results",
-    "router_settings flags dynamo_release worker_settings live_request recording kv_feed rank_choice llm_engine"
-    " routing deployment clients simulation",
+    "realtime_clock kv_channel kv_sender kv_fetcher recorder drive_realtime drive_virtual engine_settings"
+    " trace_files workload aiperf_records simulation_results",
+    "router_settings flags dynamo_release worker_settings worker_roles live_request recording kv_feed rank_choice"
+    " llm_engine routing deployment clients simulation",
 )  # every other module is in one more row, the last
 ROW_OF = {module: number for number, row in enumerate(ROWS, start=1) for module in row.split()}
 LAST_ROW = len(ROWS) + 1

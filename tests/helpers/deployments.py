@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 
 from mock_engine import simulation
 from mock_engine.clients import Clients, ClientSettings
-from mock_engine.deployment import ROLES, TRANSFER_MODES, Deployment, DeploymentSettings, WorkerGroup
+from mock_engine.deployment import Deployment, DeploymentSettings, WorkerGroup
 from mock_engine.drive_virtual import VirtualClock
 from mock_engine.engine_settings import EngineSettings
+from mock_engine.kv_transfer import TRANSFER_MODES
 from mock_engine.profile import load_profile
+from mock_engine.roles import ROLES
 from mock_engine.router_settings import ROUTER_MODES, RouterSettings
 from mock_engine.session import Session, Turn, chain_turns
 from mock_engine.simulation import SimulationResults, SimulationSettings
@@ -124,10 +126,19 @@ class WatchedDeployment(Deployment):
         self.jobs.append(job)
         super().submit(job)
 
-    def _send(self, rank, request, job):
+    def _enqueue(self, rank, flight, job):
+        self._note_sent(rank)
+        super()._enqueue(rank, flight, job)
+
+    def _prepare(self, rank, request, job):
+        flight = super()._prepare(rank, request, job)
+        if flight is None:
+            self._note_sent(rank)
+        return flight
+
+    def _note_sent(self, rank):
         up = self._pools[rank.role].up
         self.sent.append(Sent(rank.role, rank.worker, rank.num_active, [other.num_active for other in up]))
-        super()._send(rank, request, job)
 
 
 @dataclass(frozen=True)
@@ -235,6 +246,7 @@ def check_that_nothing_is_left(watched: Watched) -> None:
         scheduler = rank.engine.core.scheduler
         assert not scheduler.num_running
         assert not scheduler.waiting
+        assert not rank.drive.wanting
         if rank.worker not in deployment.settings.losses_s:  # else its blocks are gone with it
             assert scheduler.num_kept_blocks == 0
             assert scheduler.blocks.num_used == 0
