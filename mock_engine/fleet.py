@@ -12,6 +12,7 @@ whatever way, stops every part and waits until it is gone.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ from mock_engine.worker_settings import WorkerSettings
 
 START_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 60.0
-_POLL_S = 0.1
+_POLL_S = 0.02
 
 # The parts talk to each other on this machine only, stop at once, and log what is worth reading.
 _CHILD_ENVIRONMENT = {
@@ -76,6 +77,17 @@ class FleetSettings:
             enable_kv_routing=is_routed_by_kv if worker.enable_kv_routing is None else worker.enable_kv_routing,
             record=record,
             status=status,
+        )
+
+    @classmethod
+    def from_flags(cls, flags: argparse.Namespace) -> FleetSettings:
+        """The settings in what a parser with `flags.add_serving_flags` has parsed."""
+        return cls(
+            worker=replace(WorkerSettings.from_flags(flags), model_path=flags.model_path.resolve()),
+            num_workers=flags.workers,
+            router=RouterSettings.from_flags(flags),
+            host=flags.host,
+            port=flags.port,
         )
 
 
