@@ -4,7 +4,7 @@ The command line.
     mock-engine serve      Dynamo's frontend and N mock workers
     mock-engine bench      serve, AIPerf against it, and a report
     mock-engine simulate   the same engine in virtual time
-    mock-engine worker     one worker for a cluster that is already there
+    mock-engine worker     one worker for a cluster that is already there (`__main__` runs it)
     mock-engine profiles   list, show, check, import, measure, record, fit
 
 A mistake of the user's is one line on stderr and exit status 2; a part that
@@ -37,9 +37,6 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 def run() -> NoReturn:
     """The process: run the command in its arguments and end with that exit status."""
-    if sys.argv[1:2] == ["worker"]:
-        _worker(sys.argv[2:])
-        sys.exit(0)
     for number in _INTERRUPTS:
         signal.signal(number, _interrupt)
     sys.exit(main(sys.argv[1:]))
@@ -155,13 +152,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_json_flag(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
-
-
-def _worker(argv: list[str]) -> None:
-    from mock_engine.dynamo_release import run_backend
-    from mock_engine.llm_engine import MockLLMEngine
-
-    run_backend(MockLLMEngine, argv)
 
 
 def _serve(flags: argparse.Namespace) -> int:

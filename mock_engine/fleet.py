@@ -28,7 +28,7 @@ from mock_engine.worker_settings import WorkerSettings
 
 START_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 60.0
-_POLL_S = 0.02
+_POLL_S, _POLL_SHARE = 0.01, 0.03
 
 # The parts talk to each other on this machine only, stop at once, and log what is worth reading.
 _CHILD_ENVIRONMENT = {
@@ -166,13 +166,14 @@ class Fleet:
         return ["-m", "mock_engine", "worker", *settings.to_argv(), *PLANES]
 
     def _wait_until_it_answers(self) -> None:
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while self._num_registered() < self.settings.num_workers:
+        begin_s = time.monotonic()
+        while not self._is_registered():
             self.check()
-            if time.monotonic() > deadline_s:
+            if time.monotonic() > begin_s + START_TIMEOUT_S:
                 logs = "".join(f"\n{part.name}:{last_words(part.log_path)}" for part in self.parts)
                 raise ProcessError(f"the model did not answer within {START_TIMEOUT_S:g} s.{logs}")
-            time.sleep(_POLL_S)
+            # Often, as it may take half a second; seldom where it takes long because the processors are busy.
+            time.sleep(max(_POLL_S, _POLL_SHARE * (time.monotonic() - begin_s)))
         message = {"role": "user", "content": "hello"}
         body = {"model": self.model, "messages": [message], "max_tokens": 1}
         try:
@@ -181,16 +182,15 @@ class Fleet:
             self.check()
             raise ProcessError(f"the model is registered but does not answer: {error}") from error
 
-    def _num_registered(self) -> int:
-        """Workers that the frontend can send requests to; 0 as long as it does not list the model."""
+    def _is_registered(self) -> bool:
+        """Whether the frontend can send requests to all workers, and lists the model."""
         try:
-            models = http_json(f"{self.url}/v1/models")["data"]
             instances = http_json(f"{self.url}/health").get("instances", [])
+            if sum(instance["endpoint"] == "generate" for instance in instances) < self.settings.num_workers:
+                return False
+            return self.model in [model["id"] for model in http_json(f"{self.url}/v1/models")["data"]]
         except (OSError, ValueError):
-            return 0
-        if self.model not in [model["id"] for model in models]:
-            return 0
-        return sum(instance["endpoint"] == "generate" for instance in instances)
+            return False
 
     def _status_path(self, worker: int) -> Path:
         return self.folder / f"worker-{worker}.status.json"
