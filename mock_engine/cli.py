@@ -4,7 +4,7 @@ The command line.
     mock-engine serve      Dynamo's frontend and N mock workers
     mock-engine bench      serve, AIPerf against it, and a report
     mock-engine simulate   the same engine in virtual time
-    mock-engine worker     one worker for a cluster that is already there
+    mock-engine worker     one worker for a cluster that is already there (`__main__` runs it)
     mock-engine profiles   list, show, check, import, measure, record, fit
 
 A mistake of the user's is one line on stderr and exit status 2; a part that
@@ -17,7 +17,6 @@ import argparse
 import os
 import signal
 import sys
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -26,24 +25,18 @@ from typing import NoReturn
 from rich.console import Console
 
 from mock_engine.errors import MockEngineError, ProcessError
-from mock_engine.flags import OneLineParser, add_engine_flags, add_fleet_flags, add_load_flags, add_worker_flags
+from mock_engine.flags import OneLineParser, add_load_flags, add_serving_flags
 from mock_engine.fleet import FleetSettings
 from mock_engine.import_command import add_import_flags
 from mock_engine.profile_fit.flags import add_fit_flags, add_record_flags
 from mock_engine.profile_measure.settings import add_measure_flags
-from mock_engine.roles import num_workers_by_role
-from mock_engine.router_settings import RouterSettings
 from mock_engine.simulate_flags import add_simulate_flags
-from mock_engine.worker_settings import WorkerSettings
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run() -> NoReturn:
     """The process: run the command in its arguments and end with that exit status."""
-    if sys.argv[1:2] == ["worker"]:
-        _worker(sys.argv[2:])
-        sys.exit(0)
     for number in _INTERRUPTS:
         signal.signal(number, _interrupt)
     sys.exit(main(sys.argv[1:]))
@@ -90,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     serve = commands.add_parser("serve", help="Dynamo's frontend and N mock workers, in one command")
-    add_fleet_flags(serve, default_port=8000)
-    add_engine_flags(serve)
-    add_worker_flags(serve)
+    add_serving_flags(serve, default_port=8000)
     _add_json_flag(serve, "write URL, model, capacity and process ids there once the model answers")
     serve.set_defaults(run=_serve)
 
@@ -102,9 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Flags after -- go to 'aiperf profile' as they are.",
     )
     add_load_flags(bench)
-    add_fleet_flags(bench, default_port=0)
-    add_engine_flags(bench)
-    add_worker_flags(bench)
+    add_serving_flags(bench, default_port=0)
     _add_json_flag(bench, "write the results there too (they are in DIR/bench.json anyway)")
     bench.set_defaults(run=_bench)
 
@@ -165,27 +154,10 @@ def _add_json_flag(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help=text)
 
 
-def _worker(argv: list[str]) -> None:
-    from mock_engine.dynamo_release import run_backend
-    from mock_engine.llm_engine import MockLLMEngine
-
-    run_backend(MockLLMEngine, argv)
-
-
-def _fleet_settings(flags: argparse.Namespace) -> FleetSettings:
-    return FleetSettings(
-        worker=replace(WorkerSettings.from_flags(flags), model_path=flags.model_path.resolve()),
-        groups=tuple(num_workers_by_role(flags.workers, flags.prefill_workers, flags.decode_workers)),
-        router=RouterSettings.from_flags(flags),
-        host=flags.host,
-        port=flags.port,
-    )
-
-
 def _serve(flags: argparse.Namespace) -> int:
     from mock_engine.serve import serve
 
-    serve(_fleet_settings(flags), flags.json, Console())
+    serve(FleetSettings.from_flags(flags), flags.json, Console())
     return 0
 
 
@@ -193,7 +165,7 @@ def _bench(flags: argparse.Namespace) -> int:
     from mock_engine.bench import bench
     from mock_engine.load import Load
 
-    return bench(_fleet_settings(flags), Load.from_flags(flags), flags.output_dir, flags.json, Console())
+    return bench(FleetSettings.from_flags(flags), Load.from_flags(flags), flags.output_dir, flags.json, Console())
 
 
 def _simulate(flags: argparse.Namespace) -> int:

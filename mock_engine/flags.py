@@ -198,6 +198,13 @@ def add_data_parallel_flag(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_serving_flags(parser: argparse.ArgumentParser, default_port: int) -> None:
+    """Add all that says what is served, and where: `FleetSettings.from_flags` reads it."""
+    add_fleet_flags(parser, default_port)
+    add_engine_flags(parser)
+    add_worker_flags(parser)
+
+
 def add_load_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what AIPerf sends, spelled as AIPerf spells them."""
     group = parser.add_argument_group("load")

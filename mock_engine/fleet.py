@@ -12,6 +12,7 @@ whatever way, stops every part and waits until it is gone.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -22,13 +23,13 @@ from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import ConfigError, ProcessError
 from mock_engine.processes import Part, Parts, free_port, http_json, last_words
 from mock_engine.recorder import TimelineRow, read_status
-from mock_engine.roles import check_num_workers
+from mock_engine.roles import check_num_workers, num_workers_by_role
 from mock_engine.router_settings import RouterSettings
 from mock_engine.worker_settings import WorkerSettings
 
 START_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 60.0
-_POLL_S = 0.1
+_POLL_S, _POLL_SHARE = 0.01, 0.03
 
 # The parts talk to each other on this machine only, stop at once, and log what is worth reading.
 _CHILD_ENVIRONMENT = {
@@ -89,6 +90,17 @@ class FleetSettings:
             enable_kv_routing=is_routed_by_kv if worker.enable_kv_routing is None else worker.enable_kv_routing,
             record=record,
             status=status,
+        )
+
+    @classmethod
+    def from_flags(cls, flags: argparse.Namespace) -> FleetSettings:
+        """The settings in what a parser with `flags.add_serving_flags` has parsed."""
+        return cls(
+            worker=replace(WorkerSettings.from_flags(flags), model_path=flags.model_path.resolve()),
+            groups=tuple(num_workers_by_role(flags.workers, flags.prefill_workers, flags.decode_workers)),
+            router=RouterSettings.from_flags(flags),
+            host=flags.host,
+            port=flags.port,
         )
 
 
@@ -168,13 +180,14 @@ class Fleet:
         return ["-m", "mock_engine", "worker", *settings.to_argv(), *PLANES]
 
     def _wait_until_it_answers(self) -> None:
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while self._num_registered() < len(self.settings.roles):
+        begin_s = time.monotonic()
+        while not self._is_registered():
             self.check()
-            if time.monotonic() > deadline_s:
+            if time.monotonic() > begin_s + START_TIMEOUT_S:
                 logs = "".join(f"\n{part.name}:{last_words(part.log_path)}" for part in self.parts)
                 raise ProcessError(f"the model did not answer within {START_TIMEOUT_S:g} s.{logs}")
-            time.sleep(_POLL_S)
+            # Often, as it may take half a second; seldom where it takes long because the processors are busy.
+            time.sleep(max(_POLL_S, _POLL_SHARE * (time.monotonic() - begin_s)))
         message = {"role": "user", "content": "hello"}
         body = {"model": self.model, "messages": [message], "max_tokens": 1}
         try:
@@ -183,16 +196,15 @@ class Fleet:
             self.check()
             raise ProcessError(f"the model is registered but does not answer: {error}") from error
 
-    def _num_registered(self) -> int:
-        """Workers that the frontend can send requests to; 0 as long as it does not list the model."""
+    def _is_registered(self) -> bool:
+        """Whether the frontend can send requests to all workers, and lists the model."""
         try:
-            models = http_json(f"{self.url}/v1/models")["data"]
             instances = http_json(f"{self.url}/health").get("instances", [])
+            if sum(instance["endpoint"] == "generate" for instance in instances) < len(self.settings.roles):
+                return False
+            return self.model in [model["id"] for model in http_json(f"{self.url}/v1/models")["data"]]
         except (OSError, ValueError):
-            return 0
-        if self.model not in [model["id"] for model in models]:
-            return 0
-        return sum(instance["endpoint"] == "generate" for instance in instances)
+            return False
 
     def _status_path(self, worker: int) -> Path:
         return self.folder / f"{self.settings.worker_names[worker]}.status.json"

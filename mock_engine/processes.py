@@ -7,6 +7,7 @@ Child processes that come up together and go down together.
     parts.stop()                           the last one first; returns when all are gone
 
 Each writes to `<name>.log` in the folder, and ends when this process does, even if that is killed (Linux).
+All of it works on any thread.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +57,16 @@ class Parts:
         self._folder.mkdir(parents=True, exist_ok=True)
         log_path = self._folder / f"{name}.log"
         with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                start_new_session=True,  # Ctrl-C is ours to handle: workers first, then the frontend
-                preexec_fn=die_with_parent() if sys.platform == "linux" else None,
+            process = _on_a_thread_that_stays(
+                lambda: subprocess.Popen(
+                    [sys.executable, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **environment},
+                    start_new_session=True,  # Ctrl-C is ours to handle: workers first, then the frontend
+                    preexec_fn=die_with_parent() if sys.platform == "linux" else None,
+                )
             )
         part = Part(name, process, log_path)
         self.all.append(part)
@@ -86,6 +92,23 @@ class Parts:
                 except subprocess.TimeoutExpired:
                     part.process.kill()
                     part.process.wait()
+
+
+def _on_a_thread_that_stays(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """
+    `start()`, on a thread that lives as long as this process.
+
+    Linux takes the end of the *thread* that started a child for the death of its parent: started on a
+    thread of a pool that shrinks, or of a test, children would get SIGTERM while the process lives on.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return start()
+    return _spawner().submit(start).result()
+
+
+@cache
+def _spawner() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="mock-engine-spawner")
 
 
 def last_words(log_path: Path) -> str:
@@ -125,7 +148,10 @@ def _how_it_ended(status: int) -> str:
 
 @contextlib.contextmanager
 def _signals_ignored() -> Iterator[None]:
-    """Neither Ctrl-C nor SIGTERM cuts the block short. On the main thread only."""
+    """Neither Ctrl-C nor SIGTERM cuts the block short. Python's handlers run on the main thread, and harm no other."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

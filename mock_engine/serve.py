@@ -36,7 +36,8 @@ def serve(settings: FleetSettings, json_path: Path | None, console: Console) -> 
         json_path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="mock-engine-") as folder, Fleet(settings, Path(folder)) as fleet:
         print_welcome(fleet, console)
-        write_json(json_path, describe(fleet))
+        if json_path is not None:
+            _write_whole(json_path, describe(fleet))
         try:
             if console.is_terminal:
                 _watch_live(fleet, console)
@@ -50,11 +51,19 @@ def serve(settings: FleetSettings, json_path: Path | None, console: Console) -> 
     print_plain(console, "stopped")
 
 
+def _write_whole(path: Path, content: object) -> None:
+    """As `write_json`, but there all at once: scripts read the file as soon as it exists."""
+    fresh = path.with_name(f"{path.name}.new")
+    write_json(fresh, content)
+    fresh.replace(path)
+
+
 def describe(fleet: Fleet) -> dict[str, Any]:
     """The fleet for machines: where it is, what it serves, how much fits."""
     engine = fleet.engine
     return {
         "url": fleet.url,
+        "base_url": f"{fleet.url}/v1",
         "model": fleet.model,
         "profile": engine.profile.name,
         "tokenizer": str(fleet.settings.worker.model_path),

@@ -36,6 +36,7 @@ from pathlib import Path
 from string import ascii_letters, ascii_lowercase, ascii_uppercase, digits, punctuation
 from typing import Any
 
+from mock_engine.output_tokens import WORDS_FILE, words_json
 from mock_engine.tokenizer_words import COMMON_WORDS, WORDS
 
 BOS, EOS, SYSTEM, USER, ASSISTANT, TOOL, UNKNOWN = SPECIAL_TOKENS = (
@@ -93,8 +94,10 @@ def build_files() -> dict[str, str]:
     num_words = len(vocabulary)
     special_ids = {token: num_words + i for i, token in enumerate(SPECIAL_TOKENS)}
     bos_id, eos_id = special_ids[BOS], special_ids[EOS]
+    tokenizer_json = _tokenizer_json(vocabulary, special_ids)
     return {
-        "tokenizer.json": _tokenizer_json(vocabulary, special_ids),
+        "tokenizer.json": tokenizer_json,
+        WORDS_FILE: words_json(tokenizer_json),
         "tokenizer_config.json": _json(_tokenizer_config(special_ids)),
         "config.json": _json(_model_config(num_words + len(SPECIAL_TOKENS), bos_id, eos_id)),
         "generation_config.json": _json({"bos_token_id": bos_id, "eos_token_id": eos_id}),

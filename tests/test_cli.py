@@ -164,6 +164,15 @@ def test_importing_the_command_line_does_not_import_dynamo_or_aiperf():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_a_worker_does_not_load_what_the_other_commands_need():
+    """It is waited for. The flag is wrong, so that nothing starts."""
+    code = "import sys, atexit; atexit.register(lambda: print({'mock_engine.cli', 'rich'} & {*sys.modules}))"
+    code += "; sys.argv[1:] = ['worker', '--seed', '-1']; from mock_engine.__main__ import run; run()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "set()\n")
+    assert done.stderr == "mock-engine worker: error: --seed is -1; it must be 0 or more\n"
+
+
 optional_counts = st.none() | st.integers(1, 10**6)
 settings_strategy = st.builds(
     EngineSettings,

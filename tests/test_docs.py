@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def mock_engine_commands():
     for page in PAGES:
         for line in shell_lines(page):
             for command in line.split("&&"):
-                words = shlex.split(command, comments=True)
+                words = list(takewhile(lambda word: word[0] not in "<>&|", shlex.split(command, comments=True)))
                 if words[:1] == ["mock-engine"]:
                     commands.append(pytest.param(words[1:], id=f"{page.name}: {' '.join(words[1:4])}"))
     return commands

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import mock_engine
+from mock_engine import output_tokens
 from mock_engine.errors import ConfigError
-from mock_engine.output_tokens import MIN_WORDS, OutputTokens
+from mock_engine.output_tokens import MIN_WORDS, WORDS_FILE, OutputTokens
 from mock_engine.tokenizer_words import COMMON_WORDS, WORDS
 
 SHIPPED = Path(mock_engine.__file__).parent / "tokenizer"
@@ -234,3 +235,19 @@ def test_a_broken_folder_is_one_clear_line(files: dict[str, str | None], match: 
     with pytest.raises(ConfigError, match=match) as error:
         OutputTokens.from_model_path(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_the_words_of_the_shipped_tokenizer_are_known_and_need_not_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_tokens, "find_words", lambda *_: pytest.fail("looked for words"))
+    assert OutputTokens.from_model_path(SHIPPED).word_ids == OUTPUT.word_ids
+
+
+def test_words_that_are_known_of_another_tokenizer_are_not_used(tmp_path: Path) -> None:
+    """A folder of ours whose tokenizer was replaced."""
+    for path in SHIPPED.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    known = json.loads((SHIPPED / WORDS_FILE).read_text(encoding="utf-8"))
+    (tmp_path / WORDS_FILE).write_text(json.dumps({**known, "word_ids": list(range(100, 200))}), encoding="utf-8")
+    assert OutputTokens.from_model_path(tmp_path).word_ids == tuple(range(100, 200))
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"), pretty=True)
+    assert OutputTokens.from_model_path(tmp_path).word_ids == OUTPUT.word_ids
