@@ -26,9 +26,17 @@ from typing import NoReturn
 from rich.console import Console
 
 from mock_engine.errors import MockEngineError, ProcessError
-from mock_engine.flags import OneLineParser, add_engine_flags, add_fleet_flags, add_load_flags, add_worker_flags
+from mock_engine.flags import (
+    OneLineParser,
+    add_engine_flags,
+    add_fleet_flags,
+    add_load_flags,
+    add_plane_flags,
+    add_worker_flags,
+)
 from mock_engine.fleet import FleetSettings
 from mock_engine.import_command import add_import_flags
+from mock_engine.planes import Planes
 from mock_engine.profile_fit.flags import add_fit_flags, add_record_flags
 from mock_engine.profile_measure.settings import add_measure_flags
 from mock_engine.router_settings import RouterSettings
@@ -92,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add_fleet_flags(serve, default_port=8000)
     add_engine_flags(serve)
     add_worker_flags(serve)
+    add_plane_flags(serve)
     _add_json_flag(serve, "write URL, model, capacity and process ids there once the model answers")
     serve.set_defaults(run=_serve)
 
@@ -104,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add_fleet_flags(bench, default_port=0)
     add_engine_flags(bench)
     add_worker_flags(bench)
+    add_plane_flags(bench)
     _add_json_flag(bench, "write the results there too (they are in DIR/bench.json anyway)")
     bench.set_defaults(run=_bench)
 
@@ -178,6 +188,7 @@ def _fleet_settings(flags: argparse.Namespace) -> FleetSettings:
         router=RouterSettings.from_flags(flags),
         host=flags.host,
         port=flags.port,
+        planes=Planes.from_flags(flags),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, ENGINE_TYPES, EngineSettings, flag_of
+from mock_engine.planes import CHOICES, Planes
 from mock_engine.router_settings import ROUTER_MODES, RouterSettings
 
 
@@ -156,6 +157,20 @@ def add_data_parallel_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--data-parallel-size", type=int, default=1, metavar="N", help="engines in each worker (%(default)s)"
     )
+
+
+def add_plane_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of `Planes`."""
+    group = parser.add_argument_group("Dynamo", "etcd and NATS are where ETCD_ENDPOINTS and NATS_SERVER say")
+    for (name, choices), text in zip(
+        CHOICES.items(),
+        ("how the parts find each other", "what requests go over", "what KV events go over"),
+        strict=True,
+    ):
+        default = getattr(Planes(), name)
+        group.add_argument(
+            flag_of(name), default=default, metavar=f"{{{','.join(choices)}}}", help=f"{text} ({default})"
+        )
 
 
 def add_load_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,14 +5,15 @@ Dynamo's frontend and N mock workers as child processes of this one.
         fleet.url, fleet.status(worker=0)
         fleet.check()                          raises `ProcessError` if a part has died
 
-No etcd, no NATS: the parts find each other by files in `folder`, talk over TCP
-on 127.0.0.1, and write their logs to `folder`. Leaving the `with` block, by
-whatever way, stops every part and waits until it is gone.
+Without etcd and NATS the parts find each other by files in `folder`; with them (`FleetSettings.planes`)
+in a Dynamo namespace of their own. They talk on 127.0.0.1, and write their logs to `folder`. Leaving the
+`with` block, by whatever way, stops every part and waits until it is gone.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import ConfigError, ProcessError
+from mock_engine.planes import Planes
 from mock_engine.processes import Part, Parts, free_port, http_json, last_words
 from mock_engine.recorder import TimelineRow, read_status
 from mock_engine.router_settings import RouterSettings
@@ -38,7 +40,6 @@ _CHILD_ENVIRONMENT = {
     "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
     "PYTHONUNBUFFERED": "1",
 }
-PLANES = ("--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class FleetSettings:
     router: RouterSettings = field(default_factory=RouterSettings)
     host: str = "127.0.0.1"
     port: int = 8000
+    planes: Planes = field(default_factory=Planes)
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -87,7 +89,9 @@ class Fleet:
         self.folder = folder
         self.engine: Engine = build_engine(settings.worker.engine)  # finds wrong settings; nothing runs in it
         self.model = settings.worker.model_name or self.engine.profile.model
+        settings.planes.check(os.environ)
         self.port = free_port(settings.host, settings.port)
+        self.namespace = f"mock-engine-{secrets.token_hex(4)}"  # Dynamo's; a new one for each fleet
         self._parts = Parts(folder)
         self._is_recorded = is_recorded
 
@@ -135,6 +139,8 @@ class Fleet:
             "DYN_LOG": os.environ.get("DYN_LOG", "warn"),
             **_CHILD_ENVIRONMENT,
             "DYN_FILE_KV": str(self.folder / "discovery"),
+            "DYN_NAMESPACE": self.namespace,
+            "DYN_NAMESPACE_PREFIX": self.namespace,  # what the frontend goes by, if the user has set one
         }
         self._parts.spawn("frontend", self._frontend_arguments(), environment)
         for worker in range(self.settings.num_workers):
@@ -145,13 +151,13 @@ class Fleet:
         router = self.settings.router.to_argv()
         if self.settings.router.router_mode == "kv" and not self.settings.has_kv_events:
             router.append("--no-router-kv-events")  # it goes by where it has sent prompts
-        return ["-m", "mock_engine.frontend", *where, *PLANES, *router]
+        return ["-m", "mock_engine.frontend", *where, *self.settings.planes.to_argv(), *router]
 
     def _worker_arguments(self, worker: int) -> list[str]:
         # All with the same seed: an answer does not depend on the worker that gives it.
         record = self.record_folder(worker) if self._is_recorded else None
         settings = self.settings.worker_settings(self.model, record, self._status_path(worker))
-        return ["-m", "mock_engine", "worker", *settings.to_argv(), *PLANES]
+        return ["-m", "mock_engine", "worker", *settings.to_argv(), *self.settings.planes.to_argv()]
 
     def _wait_until_it_answers(self) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -178,7 +184,9 @@ class Fleet:
             return 0
         if self.model not in [model["id"] for model in models]:
             return 0
-        return sum(instance["endpoint"] == "generate" for instance in instances)
+        # /health lists those of other namespaces too, to which the frontend sends nothing.
+        own = [instance for instance in instances if instance["namespace"].startswith(self.namespace)]
+        return sum(instance["endpoint"] == "generate" for instance in own)
 
     def _status_path(self, worker: int) -> Path:
         return self.folder / f"worker-{worker}.status.json"

@@ -31,6 +31,7 @@ from mock_engine.dynamo_release import (
     engine_config,
     list_of_token_ids,
     push_source,
+    worker_namespace,
 )
 from mock_engine.engine_settings import Engine, build_engines
 from mock_engine.errors import MockEngineError, RequestError
@@ -80,7 +81,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         except MockEngineError as error:
             parser.error(str(error))
         config = WorkerConfig(
-            namespace=flags.namespace,
+            namespace=worker_namespace(flags.namespace),
             component=flags.component,
             endpoint=flags.endpoint,
             model_name=str(settings.model_path),

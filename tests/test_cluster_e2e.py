@@ -29,7 +29,7 @@ from tests.helpers.cluster import (
     num_workers,
     until,
 )
-from tests.helpers.processes import wait_for
+from tests.helpers.processes import serving, wait_for
 
 pytestmark = [
     pytest.mark.e2e,
@@ -156,9 +156,34 @@ def test_workers_and_frontend_on_hosts_of_their_own_find_each_other(four_hosts, 
             cluster.stop()
 
 
+def test_serve_uses_a_cluster_that_is_there_in_a_namespace_of_its_own_and_cleans_up(cluster, tmp_path, monkeypatch):
+    """The others in it serve the same model, and get nothing of it."""
+    services = cluster.services
+    for name, value in services.environment.items():
+        monkeypatch.setenv(name, value)
+    before = services.etcd_keys()
+    made_before = [part.num_output_tokens() for part in cluster.running]
+    with serving(tmp_path, "--workers", "2", *PLANES) as (command, facts):
+        own = [key for key in services.etcd_keys() if facts["namespace"] in key.split("/")]
+        assert len({key for key in own if key.startswith("v1/instances/")}) == 2
+        assert num_workers(facts["url"], facts["namespace"]) == 2
+
+        async def main():
+            async with Load(facts["url"], facts["model"], SHORT, concurrency=8) as load:
+                await until(lambda: len(load.answers) >= 24, "three rounds are answered")
+            return load.answers
+
+        assert set(asyncio.run(main())) == {whole(SHORT)}
+        assert [part.num_output_tokens() for part in cluster.running] == made_before
+        assert facts["namespace"] in command.output
+        command.interrupt()
+        assert command.process.wait(8) == 0
+    assert sorted(services.etcd_keys()) == sorted(before)
+
+
 def test_when_all_have_stopped_nothing_is_left_in_etcd(cluster):
     """The keys of those that were killed go with their lease."""
-    assert cluster.services.keys()
+    assert cluster.services.etcd_keys()
     cluster.stop()
-    wait_for(lambda: not cluster.services.keys(), lambda: f"etcd is empty: {cluster.services.keys()}")
+    wait_for(lambda: not cluster.services.etcd_keys(), lambda: f"etcd is empty: {cluster.services.etcd_keys()}")
     assert [part.process.returncode for part in cluster.running].count(0) == len(cluster.running) - 1  # one was killed

@@ -18,7 +18,8 @@ ROWS = (
     "core",
     "realtime_clock recorder drive_realtime drive_virtual engine_settings trace_files workload"
     " aiperf_records simulation_results",
-    "router_settings flags dynamo_release worker_settings live_request recording kv_feed rank_choice llm_engine"
+    "router_settings planes flags dynamo_release worker_settings live_request recording kv_feed"
+    " rank_choice llm_engine"
     " routing deployment clients simulation",
 )  # every other module is in one more row, the last
 ROW_OF = {module: number for number, row in enumerate(ROWS, start=1) for module in row.split()}

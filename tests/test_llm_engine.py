@@ -850,6 +850,14 @@ def test_worker_config_says_where_the_worker_is_and_what_it_serves():
     run(main())
 
 
+def test_workers_of_a_rolling_update_have_a_namespace_of_their_own(monkeypatch):
+    """Dynamo's operator sets the suffix, and its frontend looks for namespaces that begin with the rest."""
+    monkeypatch.setenv("DYN_NAMESPACE", "graph")
+    monkeypatch.setenv("DYN_NAMESPACE_WORKER_SUFFIX", "4f2a")
+    _, config = run(MockLLMEngine.from_args([]))
+    assert config.namespace == "graph-4f2a"
+
+
 def test_start_registers_the_profile_s_numbers_or_those_of_the_flags():
     async def main():
         profile = load_profile(DEFAULT_PROFILE)

@@ -8,7 +8,7 @@ A Dynamo cluster on this machine: real etcd, real NATS, and the parts that a tes
         cluster.wait_for_workers(frontend, 1)
         asyncio.run(...)                            `ask`, `Load`
         cluster.stop()
-        services.keys()                             what is left in etcd
+        services.etcd_keys()                             what is left in etcd
 
 Everything listens on 127.0.0.1, or on addresses that only the network namespaces of a test reach.
 """
@@ -53,7 +53,7 @@ class Services:
         """What Dynamo's processes need to find them."""
         return {"ETCD_ENDPOINTS": self.etcd_url, "NATS_SERVER": self.nats_url}
 
-    def keys(self) -> list[str]:
+    def etcd_keys(self) -> list[str]:
         """All keys in etcd, by its HTTP gateway (etcdctl is a package of its own)."""
         every_key = {"key": base64.b64encode(b"\0").decode(), "range_end": base64.b64encode(b"\0").decode()}
         found = http_json(f"{self.etcd_url}/v3/kv/range", every_key | {"keys_only": True})
@@ -157,9 +157,10 @@ class Cluster:
                 part.process.wait()
 
 
-def num_workers(url: str) -> int:
-    """Workers that a frontend would send requests to."""
-    return sum(instance["endpoint"] == "generate" for instance in _get(f"{url}/health").get("instances", []))
+def num_workers(url: str, namespace: str = "dynamo") -> int:
+    """Workers in a namespace that a frontend knows of; it lists all there are, and uses those of its own."""
+    instances = _get(f"{url}/health").get("instances", [])
+    return sum((instance["namespace"], instance["endpoint"]) == (namespace, "generate") for instance in instances)
 
 
 def num_migrated(url: str) -> int:
