@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import ConfigError, ProcessError
@@ -109,7 +110,7 @@ class Fleet:
         """The latest state of a worker; None before it has started."""
         return read_status(self._status_path(worker))
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> Self:
         try:
             self._start()
             self._wait_until_it_answers()
@@ -135,16 +136,19 @@ class Fleet:
         return self._parts.all
 
     def _start(self) -> None:
-        environment = {
+        environment = self._environment()
+        self._parts.spawn("frontend", self._frontend_arguments(), environment)
+        for worker in range(self.settings.num_workers):
+            self._parts.spawn(f"worker-{worker}", self._worker_arguments(worker), environment)
+
+    def _environment(self) -> dict[str, str]:
+        return {
             "DYN_LOG": os.environ.get("DYN_LOG", "warn"),
             **_CHILD_ENVIRONMENT,
             "DYN_FILE_KV": str(self.folder / "discovery"),
             "DYN_NAMESPACE": self.namespace,
             "DYN_NAMESPACE_PREFIX": self.namespace,  # what the frontend goes by, if the user has set one
         }
-        self._parts.spawn("frontend", self._frontend_arguments(), environment)
-        for worker in range(self.settings.num_workers):
-            self._parts.spawn(f"worker-{worker}", self._worker_arguments(worker), environment)
 
     def _frontend_arguments(self) -> list[str]:
         where = ["--http-host", self.settings.host, "--http-port", str(self.port)]
