@@ -147,6 +147,7 @@ def _figures(results: Results) -> dict[str, str]:
         ),
         "Duration": f"{results.aiperf['benchmark_duration']['avg']:.1f} s",
         "Workers": ", ".join(f"{number} {role}" for role, number in facts["roles"].items()),
+        "Discovery, request plane, event plane": ", ".join(facts["planes"].values()),
         "Speed": "as fast as the host can" if speedup == 0 else f"{speedup:g} model seconds a second",
         "Lateness at the engine p50, p99, max": f"{late_ms['p50']:.2f}, {late_ms['p99']:.2f}, {late_ms['max']:.1f} ms",
         "KV blocks in use, average and highest": (

@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -198,6 +198,7 @@ def _facts(fleet: Fleet, aiperf: dict[str, Any]) -> dict[str, Any]:
         "block_size": fleet.engine.block_size,
         "speedup_ratio": fleet.settings.worker.engine.speedup_ratio,
         "seed": fleet.settings.worker.engine.seed,
+        "planes": asdict(fleet.settings.planes),
         "started": aiperf.get("start_time"),
         "mock-engine": version("mock-engine"),
         "commit": find_commit(),

@@ -30,6 +30,8 @@ WorkerConfig: Any = _backend.WorkerConfig
 run_backend: Any = import_module(f"{_backend.__name__}.run").run
 
 DisaggregationMode: Any = import_module(f"{_backend.__name__.rpartition('.')[0]}.constants").DisaggregationMode
+# Kubernetes' rolling updates set workers apart by a suffix (DYN_NAMESPACE_WORKER_SUFFIX).
+worker_namespace: Callable[[str], str] = import_module("dynamo.common.utils.namespace").get_worker_namespace
 
 HAS_DRAIN = hasattr(LLMEngine, "drain")  # of 1.2 only; where the base class has none, nobody calls it
 HAS_KV_ROUTING = hasattr(WorkerConfig, "enable_kv_routing")  # from 1.3 on workers publish KV events and loads
@@ -48,6 +50,7 @@ __all__ = [
     "list_of_token_ids",
     "push_source",
     "run_backend",
+    "worker_namespace",
 ]
 
 

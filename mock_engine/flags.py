@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, ENGINE_TYPES, EngineSettings, flag_of
 from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S
+from mock_engine.planes import CHOICES, Planes
 from mock_engine.roles import ROLES
 from mock_engine.router_settings import ROUTER_MODES, RouterSettings
 
@@ -203,6 +204,21 @@ def add_serving_flags(parser: argparse.ArgumentParser, default_port: int) -> Non
     add_fleet_flags(parser, default_port)
     add_engine_flags(parser)
     add_worker_flags(parser)
+    add_plane_flags(parser)
+
+
+def add_plane_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of `Planes`."""
+    group = parser.add_argument_group("Dynamo", "etcd and NATS are where ETCD_ENDPOINTS and NATS_SERVER say")
+    for (name, choices), text in zip(
+        CHOICES.items(),
+        ("how the parts find each other", "what requests go over", "what KV events go over"),
+        strict=True,
+    ):
+        default = getattr(Planes(), name)
+        group.add_argument(
+            flag_of(name), default=default, metavar=f"{{{','.join(choices)}}}", help=f"{text} ({default})"
+        )
 
 
 def add_load_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,22 +5,25 @@ Dynamo's frontend and N mock workers as child processes of this one.
         fleet.url, fleet.status(worker=0)
         fleet.check()                          raises `ProcessError` if a part has died
 
-No etcd, no NATS: the parts find each other by files in `folder`, talk over TCP
-on 127.0.0.1, and write their logs to `folder`. Leaving the `with` block, by
-whatever way, stops every part and waits until it is gone.
+Without etcd and NATS the parts find each other by files in `folder`; with them (`FleetSettings.planes`)
+in a Dynamo namespace of their own. They talk on 127.0.0.1, and write their logs to `folder`. Leaving the
+`with` block, by whatever way, stops every part and waits until it is gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import ConfigError, ProcessError
+from mock_engine.planes import Planes
 from mock_engine.processes import Part, Parts, free_port, http_json, last_words
 from mock_engine.recorder import TimelineRow, read_status
 from mock_engine.roles import check_num_workers, num_workers_by_role
@@ -40,7 +43,6 @@ _CHILD_ENVIRONMENT = {
     "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
     "PYTHONUNBUFFERED": "1",
 }
-PLANES = ("--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class FleetSettings:
     router: RouterSettings = field(default_factory=RouterSettings)
     host: str = "127.0.0.1"
     port: int = 8000
+    planes: Planes = field(default_factory=Planes)
 
     def __post_init__(self) -> None:
         check_num_workers(self.groups)
@@ -101,6 +104,7 @@ class FleetSettings:
             router=RouterSettings.from_flags(flags),
             host=flags.host,
             port=flags.port,
+            planes=Planes.from_flags(flags),
         )
 
 
@@ -112,7 +116,9 @@ class Fleet:
         self.folder = folder
         self.engine: Engine = build_engine(settings.worker.engine)  # finds wrong settings; nothing runs in it
         self.model = settings.worker.model_name or self.engine.profile.model
+        settings.planes.check(os.environ)
         self.port = free_port(settings.host, settings.port)
+        self.namespace = f"mock-engine-{secrets.token_hex(4)}"  # Dynamo's; a new one for each fleet
         self._parts = Parts(folder)
         self._is_recorded = is_recorded
 
@@ -130,7 +136,7 @@ class Fleet:
         """The latest state of a worker; None before it has started."""
         return read_status(self._status_path(worker))
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> Self:
         try:
             self._start()
             self._wait_until_it_answers()
@@ -156,28 +162,33 @@ class Fleet:
         return self._parts.all
 
     def _start(self) -> None:
-        environment = {
-            "DYN_LOG": os.environ.get("DYN_LOG", "warn"),
-            **_CHILD_ENVIRONMENT,
-            "DYN_FILE_KV": str(self.folder / "discovery"),
-        }
+        environment = self._environment()
         self._parts.spawn("frontend", self._frontend_arguments(), environment)
         for worker, name in enumerate(self.settings.worker_names):
             self._parts.spawn(name, self._worker_arguments(worker), environment)
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "DYN_LOG": os.environ.get("DYN_LOG", "warn"),
+            **_CHILD_ENVIRONMENT,
+            "DYN_FILE_KV": str(self.folder / "discovery"),
+            "DYN_NAMESPACE": self.namespace,
+            "DYN_NAMESPACE_PREFIX": self.namespace,  # what the frontend goes by, if the user has set one
+        }
 
     def _frontend_arguments(self) -> list[str]:
         where = ["--http-host", self.settings.host, "--http-port", str(self.port)]
         router = self.settings.router.to_argv()
         if self.settings.router.router_mode == "kv" and not self.settings.has_kv_events:
             router.append("--no-router-kv-events")  # it goes by where it has sent prompts
-        return ["-m", "mock_engine.frontend", *where, *PLANES, *router]
+        return ["-m", "mock_engine.frontend", *where, *self.settings.planes.to_argv(), *router]
 
     def _worker_arguments(self, worker: int) -> list[str]:
         # All with the same seed: an answer does not depend on the worker that gives it.
         record = self.record_folder(worker) if self._is_recorded else None
         role = self.settings.roles[worker]
         settings = self.settings.worker_settings(role, self.model, record, self._status_path(worker))
-        return ["-m", "mock_engine", "worker", *settings.to_argv(), *PLANES]
+        return ["-m", "mock_engine", "worker", *settings.to_argv(), *self.settings.planes.to_argv()]
 
     def _wait_until_it_answers(self) -> None:
         begin_s = time.monotonic()
@@ -200,7 +211,9 @@ class Fleet:
         """Whether the frontend can send requests to all workers, and lists the model."""
         try:
             instances = http_json(f"{self.url}/health").get("instances", [])
-            if sum(instance["endpoint"] == "generate" for instance in instances) < len(self.settings.roles):
+            # It lists those of other namespaces too, to which the frontend sends nothing.
+            own = [each for each in instances if each["namespace"].startswith(self.namespace)]
+            if sum(each["endpoint"] == "generate" for each in own) < len(self.settings.roles):
                 return False
             return self.model in [model["id"] for model in http_json(f"{self.url}/v1/models")["data"]]
         except (OSError, ValueError):

@@ -32,6 +32,7 @@ from mock_engine.dynamo_release import (
     engine_config,
     list_of_token_ids,
     push_source,
+    worker_namespace,
 )
 from mock_engine.engine_settings import Engine, build_engines
 from mock_engine.errors import MockEngineError, RequestError
@@ -49,6 +50,10 @@ from mock_engine.worker_roles import AggregatedRole, make_role
 from mock_engine.worker_settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
+
+# How often and when `cleanup` looks whether all readers have heard that their streams are over. If the process ends
+# before, Dynamo 1.4.2 dies of SIGABRT ("exception not rethrown"), and its keys in etcd stay until their lease is over.
+_NUM_PARTING_LOOKS, _PARTING_LOOK_S = 25, 0.02
 
 
 class MockLLMEngine(LLMEngine):  # type: ignore[misc]
@@ -78,7 +83,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         except MockEngineError as error:
             parser.error(str(error))
         config = WorkerConfig(
-            namespace=flags.namespace,
+            namespace=worker_namespace(flags.namespace),
             component=flags.component or ("prefill" if settings.disaggregation_mode == "prefill" else "backend"),
             endpoint=flags.endpoint,
             model_name=str(settings.model_path),
@@ -172,6 +177,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 tokens = await _next_tokens(live.stream)
                 if not tokens or context.is_stopped():
                     live.cancel()
+                    if self._is_stopped and not context.is_stopped():
+                        raise EngineShutdown("the worker stops before the answer is whole")
                     logger.debug("request %s cancelled", live.request_id)
                     yield live.cancelled_chunk()
                     return
@@ -189,13 +196,22 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 live.cancel()
 
     async def cleanup(self) -> None:
-        """Stop and release everything; open streams end as cancelled. Safe before `start`, after it failed, twice."""
+        """
+        Stop and release everything. Safe before `start`, after it failed, twice.
+
+        Streams that are still open raise `EngineShutdown`, upon which Dynamo's frontend takes the request to another
+        worker (`--migration-limit`). A terminal chunk would be taken for the end of the answer.
+        """
         self._is_stopped = True
         for drive in self._drives:
             await drive.stop()
         await self._role.stop()
         if self._kv_feed is not None:
             self._kv_feed.close()
+        for _ in range(_NUM_PARTING_LOOKS):  # a stream that nobody reads is not waited for longer
+            if not self._open:
+                break
+            await asyncio.sleep(_PARTING_LOOK_S)
         recording, self._recording = self._recording, None
         if recording is not None:
             await recording.stop()

@@ -9,6 +9,7 @@ import os
 import shlex
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def describe(fleet: Fleet) -> dict[str, Any]:
         "max_num_seqs": engine.scheduler.max_num_seqs,
         "max_num_batched_tokens": engine.scheduler.max_num_batched_tokens,
         "speedup_ratio": fleet.settings.worker.engine.speedup_ratio,
+        "planes": asdict(fleet.settings.planes),
+        "namespace": fleet.namespace,
         "pids": {"serve": os.getpid(), **{part.name: part.process.pid for part in fleet.parts}},
     }
 
@@ -120,6 +123,8 @@ def print_welcome(fleet: Fleet, console: Console) -> None:
     }
     if facts["speedup_ratio"] != 1:
         rows["speedup"] = "as fast as it can" if facts["speedup_ratio"] == 0 else f"{facts['speedup_ratio']:g} times"
+    if fleet.settings.planes.is_shared:
+        rows["namespace"] = fleet.namespace
     for name, value in rows.items():
         print_plain(console, f"{name:<11}{value}")
     print_plain(console, f"\ntry        {curl_command(fleet)}")

@@ -32,7 +32,7 @@ from mock_engine.aiperf_process import stop_aiperf
 from mock_engine.bench_results import AIPERF_EXPORT, AIPERF_RECORDS, find_commit
 from mock_engine.engine_settings import DEFAULT_TOKENIZER
 from mock_engine.errors import MockEngineError
-from mock_engine.fleet import PLANES, Fleet, FleetSettings
+from mock_engine.fleet import Fleet, FleetSettings
 from mock_engine.load import Load, aiperf_environment
 from mock_engine.worker_settings import WorkerSettings
 
@@ -69,7 +69,7 @@ class OneBackend(Fleet):
 
     def _worker_arguments(self, worker: int) -> list[str]:
         del worker
-        return [*self._arguments, *PLANES]
+        return [*self._arguments, *self.settings.planes.to_argv()]
 
 
 def backends(osl_tokens: int) -> dict[str, list[str]]:

@@ -69,6 +69,7 @@ def make_results(**changes):
         facts={
             "profile": "gpu/model/engine",
             "num_workers": 1,
+            "planes": {"discovery_backend": "etcd", "request_plane": "nats", "event_plane": "nats"},
             "total_kv_blocks": 100,
             "speedup_ratio": 1.0,
             "started": "now",
@@ -164,6 +165,7 @@ def test_the_page_opens_with_command_and_versions_and_shows_errors_and_pictures(
     )
     assert "**3 requests failed**" in page
     assert "no worker" in page
+    assert "etcd, nats, nats" in page
     for name in ("latency.png", "timeline.png"):
         assert f"({name})" in page
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

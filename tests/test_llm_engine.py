@@ -493,10 +493,14 @@ def test_a_request_can_be_let_go_before_its_first_step_while_another_s_step_runs
                 read.cancel()
             await asyncio.wait([read])
             assert not engine._drives[0]._arrivals
-            assert read.cancelled() or read.result()["finish_reason"] == "cancelled"
+            if way == "cleanup":
+                assert isinstance(read.exception(), EngineShutdown)
+                with pytest.raises(EngineShutdown):
+                    await busy.read_all()
+            else:
+                assert read.cancelled() or read.result()["finish_reason"] == "cancelled"
+                assert (await busy.read_all())[-1]["finish_reason"] == "length"
             await stream.drop()
-            rest = await busy.read_all()
-            assert rest[-1]["finish_reason"] == ("cancelled" if way == "cleanup" else "length")
 
     run(main())
 
@@ -674,6 +678,8 @@ def test_where_the_router_does_not_choose_requests_go_to_the_rank_that_has_the_f
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_cleanup_ends_open_streams_and_a_second_one_does_nothing(moment):
+    """With an error upon which Dynamo's frontend moves the request: a terminal chunk would be a shorter answer."""
+
     async def main():
         async with serving() as engine:
             stream, read = await stream_at(engine, moment)
@@ -681,11 +687,40 @@ def test_cleanup_ends_open_streams_and_a_second_one_does_nothing(moment):
             assert num_working(engine) == 0
             assert engine._drives[0].core.scheduler.blocks.num_used == 0
             await engine.cleanup()
-            if moment == "before the first read":
-                with pytest.raises(EngineShutdown):
-                    await stream.read()
-            else:
-                assert (await (read or stream.read()))["finish_reason"] == "cancelled"
+            with pytest.raises(EngineShutdown):
+                await (read or stream.read())
+            await stream.drop()
+
+    run(main())
+
+
+def test_cleanup_returns_when_all_readers_have_heard_of_it():
+    """Dynamo's process dies of SIGABRT if it ends while a thread of its own still reads."""
+
+    async def main():
+        async with serving() as engine:
+            streams = [BridgeStream(engine, LONG, RequestContext(f"{number}")) for number in range(3)]
+            await asyncio.gather(*[stream.read() for stream in streams])
+            reads = [asyncio.create_task(stream.read()) for stream in streams]
+            await asyncio.sleep(1e-6)
+            await engine.cleanup()
+            assert [type(read.exception()) for read in reads if read.done()] == 3 * [EngineShutdown]
+            assert not engine._open
+            for stream in streams:
+                await stream.drop()
+
+    run(main())
+
+
+def test_a_client_that_has_gone_by_cleanup_is_cancelled_and_not_moved():
+    async def main():
+        async with serving() as engine:
+            context = RequestContext("r")
+            stream = BridgeStream(engine, LONG, context)
+            await stream.read()
+            context.stop_generating()
+            await engine.cleanup()
+            assert (await stream.read())["finish_reason"] == "cancelled"
             await stream.drop()
 
     run(main())
@@ -813,6 +848,14 @@ def test_worker_config_says_where_the_worker_is_and_what_it_serves():
         assert config.served_model_name == "my-model"
 
     run(main())
+
+
+def test_workers_of_a_rolling_update_have_a_namespace_of_their_own(monkeypatch):
+    """Dynamo's operator sets the suffix, and its frontend looks for namespaces that begin with the rest."""
+    monkeypatch.setenv("DYN_NAMESPACE", "graph")
+    monkeypatch.setenv("DYN_NAMESPACE_WORKER_SUFFIX", "4f2a")
+    _, config = run(MockLLMEngine.from_args([]))
+    assert config.namespace == "graph-4f2a"
 
 
 def test_start_registers_the_profile_s_numbers_or_those_of_the_flags():

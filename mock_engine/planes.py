@@ -1,0 +1,78 @@
+"""
+How the parts of a Dynamo deployment find and reach each other: Dynamo's three flags.
+
+    Planes()                                      files, TCP and ZeroMQ: nothing else has to run
+    planes = Planes("etcd", "nats", "nats")       a cluster that is already there
+    planes.check(os.environ)                      raises `ConfigError` if etcd or NATS is not there
+    ["-m", "dynamo.frontend", *planes.to_argv()]
+
+Where etcd and NATS are, Dynamo's own variables say (ETCD_ENDPOINTS, NATS_SERVER).
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from urllib.parse import urlsplit
+
+from mock_engine.engine_settings import argv_of, flag_of
+from mock_engine.errors import ConfigError
+
+CHOICES = {
+    "discovery_backend": ("file", "etcd"),
+    "request_plane": ("tcp", "nats"),
+    "event_plane": ("zmq", "nats"),
+}
+_CONNECT_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Field names are the flags' names. Raises `ConfigError` for a value that Dynamo does not have."""
+
+    discovery_backend: str = "file"
+    request_plane: str = "tcp"
+    event_plane: str = "zmq"
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"{flag_of(name)} is {value}; it must be {' or '.join(choices)}")
+
+    @classmethod
+    def from_flags(cls, flags: argparse.Namespace) -> Planes:
+        """What a parser with `flags.add_plane_flags` has parsed."""
+        return cls(**{each.name: getattr(flags, each.name) for each in fields(cls)})
+
+    def to_argv(self) -> list[str]:
+        """Flags of Dynamo's frontend, of `mock-engine worker` and of any other Dynamo backend."""
+        return argv_of({each.name: getattr(self, each.name) for each in fields(self)})
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others may find each other in the same place."""
+        return self.discovery_backend == "etcd"
+
+    def check(self, environment: Mapping[str, str]) -> None:
+        """Raise `ConfigError` unless all that these planes need takes connections where `environment` says it is."""
+        if self.discovery_backend == "etcd":
+            _check_one("etcd", "ETCD_ENDPOINTS", environment.get("ETCD_ENDPOINTS") or "http://localhost:2379", 2379)
+        if "nats" in (self.request_plane, self.event_plane):
+            _check_one("NATS", "NATS_SERVER", environment.get("NATS_SERVER") or "nats://localhost:4222", 4222)
+
+
+def _check_one(name: str, variable: str, urls: str, default_port: int) -> None:
+    """`urls` are separated by commas; one of them that takes connections is enough."""
+    reason = "no address"
+    for url in urls.split(","):
+        parts = urlsplit(url.strip() if "//" in url else f"//{url.strip()}")
+        try:
+            address = (parts.hostname or "localhost", parts.port or default_port)
+            socket.create_connection(address, _CONNECT_TIMEOUT_S).close()
+        except (OSError, ValueError) as error:  # ValueError: the port is no number
+            reason = getattr(error, "strerror", None) or str(error)
+        else:
+            return
+    raise ConfigError(f"{name} does not answer at {urls}: {reason}. Start it, or say where it is with {variable}.")
