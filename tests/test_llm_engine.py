@@ -622,6 +622,7 @@ def test_whatever_the_clients_do_everything_comes_back_and_who_stays_is_served(m
                         client.pending.cancel()
                     if client.pending is not None:
                         await asyncio.wait([client.pending])
+                        await client.stream.drop()  # a read that had not begun then has made a stream since
                 elif move == "aclose" and client.pending is None:
                     clients.remove(client)
                     for held in client.stream._held:  # nothing before the first read

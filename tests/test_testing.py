@@ -45,7 +45,7 @@ def test_a_keyword_is_the_setting_of_that_name(keywords):
     num_workers = expected.pop("workers", 1)
     model_path = expected.pop("model_path", DEFAULT_TOKENIZER)
     worker = WorkerSettings(EngineSettings(**expected), model_path)
-    assert read_settings(**keywords) == FleetSettings(worker, num_workers, port=0)
+    assert read_settings(**keywords) == FleetSettings(worker, (("agg", num_workers),), port=0)
 
 
 def test_flags_are_taken_as_a_shell_would_and_keywords_count_more():
