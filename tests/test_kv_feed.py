@@ -88,6 +88,7 @@ def test_each_rank_tells_its_own_publisher_and_closing_takes_everything_back(fee
     feed.attach_kv(1, publishers[1])
     feed.close()
     assert publishers[0].num_calls == num_calls
+    assert feed._work.empty()  # nor is it kept for nobody
 
 
 def test_where_nobody_listens_no_thread_runs_and_nothing_is_kept(feed, cores):
