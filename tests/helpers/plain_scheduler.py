@@ -77,8 +77,10 @@ class PlainScheduler:
             while not self._grow(sequence, num_new):
                 has_preempted = True
                 last = max(self.running, key=self._rank) if self.is_by_priority else self.running[-1]
-                index -= (last, 1) in self.scheduled  # it had its turn before, so it decodes
-                self.scheduled = [each for each in self.scheduled if each[0] is not last]
+                if (last, 1) in self.scheduled:  # it had its turn before, so it decodes
+                    self.scheduled.remove((last, 1))
+                    budget += 1 + self._num_drafts(last)
+                    index -= 1
                 self._preempt(last)
                 self.waiting.appendleft(last)
                 self._sort_waiting()
