@@ -14,6 +14,7 @@ preemption changes which.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from zlib import crc32
@@ -85,6 +86,40 @@ class SpeculationCounts:
             self.num_draft_tokens += num_draft_tokens
             self.num_accepted_tokens += num_accepted_tokens
             self._num_by_accepted[num_accepted_tokens] += 1
+
+    @classmethod
+    def total(cls, counts: Iterable[SpeculationCounts]) -> SpeculationCounts:
+        """Those of several engines together."""
+        found = list(counts)
+        total = cls(max((len(each._num_by_accepted) - 1 for each in found), default=0))
+        for each in found:
+            total.num_drafts += each.num_drafts
+            total.num_draft_tokens += each.num_draft_tokens
+            total.num_accepted_tokens += each.num_accepted_tokens
+            for number, drafts in enumerate(each._num_by_accepted):
+                total._num_by_accepted[number] += drafts
+        return total
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted draft tokens, of all."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a step made for a sequence that had draft tokens in it (vLLM's mean acceptance length)."""
+        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
+
+    def to_json(self) -> dict[str, float | list[int]]:
+        """All figures, for machines."""
+        return {
+            "num_drafts": self.num_drafts,
+            "num_draft_tokens": self.num_draft_tokens,
+            "num_accepted_tokens": self.num_accepted_tokens,
+            "num_accepted_tokens_per_pos": self.num_accepted_tokens_per_pos,
+            "acceptance_rate": self.acceptance_rate,
+            "tokens_per_step": self.tokens_per_step,
+        }
 
     @property
     def num_accepted_tokens_per_pos(self) -> list[int]:

@@ -7,8 +7,8 @@ The sequences that decode when draft tokens are verified: each gets as many toke
     finished = batch.advance(1)                  it is over: who has made its last token
     batch.remove(sequence)                       it leaves, finished or not
 
-The same as `decode_batch.DecodeBatch` for a scheduler, and nothing can be counted instead of looked at: every sequence
-is visited in every step, and no two steps are alike.
+The same as `decode_batch.DecodeBatch` for a scheduler; but what a sequence has made is known only when it is looked at:
+each is visited in every step, and no two steps are alike.
 
 In a step, a sequence computes its last token and its draft tokens, so it needs KV blocks for all of these, and
 `num_lookahead_tokens` beyond. What is rejected is computed again over the same blocks, which stay. No position beyond
@@ -39,12 +39,18 @@ class SpeculativeBatch:
         self._speculation = speculation
         self._block_size = block_size
         self._max_model_len = max_model_len
+        # Blocks are taken for so many tokens beyond those of a sequence, and for none beyond a position.
+        self._ahead_tokens = speculation.num_tokens + speculation.num_lookahead_tokens
+        self._last_token = max_model_len if speculation.num_lookahead_tokens else max_model_len - 1
+        self._num_tokens = 0  # prompt and output tokens that exist so far, of all together
         self._rejected: dict[SequenceState, list[int]] = {}  # in the same order
+        self._long: dict[SequenceState, None] = {}  # those that may have fewer draft tokens near their end
 
     @property
     def num_draft_tokens(self) -> int:
         """Draft tokens that the next step verifies, of all sequences."""
-        return sum(map(self._num_drafts, self.sequences))
+        num_tokens = self._speculation.num_tokens
+        return num_tokens * len(self.sequences) - sum(num_tokens - self._num_drafts(each) for each in self._long)
 
     @property
     def num_tokens(self) -> int:
@@ -54,19 +60,31 @@ class SpeculativeBatch:
     @property
     def context_tokens(self) -> int:
         """KV length in the next decode step, draft tokens included, summed over the sequences."""
-        return sum(each.num_tokens for each in self.sequences) + self.num_draft_tokens
+        return self._num_tokens + self.num_draft_tokens
 
     def grow(self, blocks: KvBlocks, num_steps: int = 1) -> bool:
         """Take the KV blocks for the next step of all sequences. False, and nothing changes, if there are too few."""
-        if self.num_blocks_for_steps(num_steps) > blocks.num_available:
-            return False
+        assert num_steps == 1, "what a step makes is known when it is over"
+        ahead_tokens, last_token, block_size = self._ahead_tokens, self._last_token, self._block_size
+        growing = []
+        num_taken = 0
         for sequence in self.sequences:
-            self.grow_one(sequence, blocks)
+            num_tokens = min(sequence.request.isl_tokens + sequence._num_output_tokens + ahead_tokens, last_token)
+            num_blocks = -(-num_tokens // block_size)
+            missing = num_blocks - sequence.table.num_blocks
+            if missing > 0:
+                growing.append((sequence.table, num_blocks))
+                num_taken += missing
+        if num_taken > blocks.num_available:
+            return False
+        for table, num_blocks in growing:
+            blocks.grow(table, num_blocks)
         return True
 
     def grow_one(self, sequence: SequenceState, blocks: KvBlocks) -> bool:
         """The same for one of them."""
-        return blocks.grow(sequence.table, self._num_blocks_for_step(sequence))
+        num_tokens = min(sequence.num_tokens + self._ahead_tokens, self._last_token)
+        return blocks.grow(sequence.table, -(-num_tokens // self._block_size))
 
     def settle(self, sequence: SequenceState, is_in_step: bool) -> None:
         """A sequence's table is always up to date."""
@@ -77,9 +95,9 @@ class SpeculativeBatch:
         return 0
 
     def num_blocks_for_steps(self, num_steps: int) -> int:
-        """KV blocks that the next step takes."""
-        assert num_steps == 1, "what a step makes is known when it is over"
-        return sum(max(0, self._num_blocks_for_step(each) - each.table.num_blocks) for each in self.sequences)
+        """Of steps that are alike there are none."""
+        assert num_steps == 0, "no step is like the one before"
+        return 0
 
     def num_tokens_to_make(self, max_each: int) -> int:
         """Tokens that the sequences still make, summed; of each, `max_each` count at most."""
@@ -91,18 +109,24 @@ class SpeculativeBatch:
 
     def num_blocks_in_all(self, request: Request) -> int:
         """The most KV blocks that a sequence ever holds."""
-        ahead_tokens = self._speculation.num_tokens + self._speculation.num_lookahead_tokens
-        return self._num_blocks(min(request.isl_tokens + request.osl_tokens + ahead_tokens, self._max_model_len))
+        num_tokens = min(request.isl_tokens + request.osl_tokens + self._ahead_tokens, self._max_model_len)
+        return -(-num_tokens // self._block_size)
 
     def add(self, sequence: SequenceState) -> None:
         """It decodes from the next step on."""
+        request = sequence.request
         self.sequences[sequence] = None
-        self._rejected[sequence] = self._speculation.rejected(sequence.request)
+        self._rejected[sequence] = self._speculation.rejected(request)
+        self._num_tokens += sequence.num_tokens
+        if request.isl_tokens + request.osl_tokens + self._speculation.num_tokens > self._max_model_len:
+            self._long[sequence] = None
 
     def remove(self, sequence: SequenceState) -> None:
         """It leaves."""
         del self.sequences[sequence]
         del self._rejected[sequence]
+        self._long.pop(sequence, None)
+        self._num_tokens -= sequence.num_tokens
 
     def advance(self, num_steps: int) -> list[SequenceState]:
         """A decode step is over. Those that end now are still to be removed."""
@@ -110,9 +134,10 @@ class SpeculativeBatch:
         self.num_steps += 1
         self.num_extra_tokens = 0
         finished = []
+        num_tokens = self._speculation.num_tokens
         for sequence, rejected in self._rejected.items():
             made_tokens = sequence._num_output_tokens
-            num_drafts = self._num_drafts(sequence)
+            num_drafts = self._num_drafts(sequence) if sequence in self._long else num_tokens
             num_accepted = min(rejected[bisect_left(rejected, made_tokens)] - made_tokens, num_drafts)
             self.counts.add(num_drafts, num_accepted)
             num_left = sequence.request.osl_tokens - made_tokens
@@ -124,15 +149,9 @@ class SpeculativeBatch:
             self.num_extra_tokens += num_extra
             if 1 + num_extra == num_left:
                 finished.append(sequence)
+        self._num_tokens += len(self.sequences) + self.num_extra_tokens
         return finished
 
     def _num_drafts(self, sequence: SequenceState) -> int:
         """Draft tokens that the next step verifies: none at the last position that the model has."""
         return min(self._speculation.num_tokens, self._max_model_len - 1 - sequence.num_tokens)
-
-    def _num_blocks_for_step(self, sequence: SequenceState) -> int:
-        num_tokens = sequence.num_tokens + self._num_drafts(sequence) + self._speculation.num_lookahead_tokens
-        return self._num_blocks(min(num_tokens, self._max_model_len))
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)

@@ -229,8 +229,9 @@ class _StepTables:
         decode_s = self._decode.at(batch_size)(context_tokens) if batch_size else 0.0
         num_drafts = load.num_draft_tokens
         if num_drafts:
-            verified_s = self._decode.at(batch_size + num_drafts)(1.0)
-            decode_s = max(decode_s, verified_s + self._decode_attention.at(batch_size)(context_tokens))
+            as_sequences = self._decode.at(batch_size + num_drafts)
+            verified_s = as_sequences(1.0) + self._decode_attention.at(batch_size)(context_tokens)
+            decode_s = max(decode_s, min(verified_s, as_sequences(context_tokens)))
         if not chunks:
             return decode_s
         attention_s = 0.0
