@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from mock_engine.core import Core
 from mock_engine.deployment import DeploymentSettings, WorkerGroup
 from mock_engine.drafting import DraftedTiming
+from mock_engine.drive_realtime import RealTimeDrive
 from mock_engine.engine_settings import ENGINE_TYPES, EngineSettings, build_engine, build_engines
 from mock_engine.errors import ConfigError
 from mock_engine.kv_blocks import KvBlocks
+from mock_engine.live_request import LiveRequest
+from mock_engine.prompt import Answer
 from mock_engine.request import Request
 from mock_engine.scheduler_config import SchedulerConfig
 from mock_engine.sequence import Status
@@ -26,6 +29,8 @@ from mock_engine.timing import StepJitter
 from mock_engine.vllm_scheduler import VllmScheduler
 from mock_engine.waiting_queue import SCHEDULING_POLICIES
 from mock_engine.workload import Workload
+from tests.helpers.jumping_loop import LoopClock
+from tests.helpers.jumping_loop import run as run_on_loop
 from tests.helpers.virtual import drive, timed_requests
 from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, MadeUpTiming, make_core, run, speculations, workloads
 
@@ -221,3 +226,40 @@ def test_a_step_must_have_room_for_the_draft_tokens_of_all_that_may_run():
     assert build_engine(chosen).scheduler.max_num_seqs == 256
     with pytest.raises(ConfigError, match=r"300 sequences needs 4 a step. Use --max-num-seqs 256"):
         build_engine(replace(chosen, max_num_seqs=300))
+
+
+def test_on_a_live_stream_the_tokens_of_a_step_are_one_chunk_and_usage_tells_of_drafts():
+    """As many tokens as were asked for, all of a chunk due when its step ends."""
+    osl_tokens = 40
+    speculation = Speculation(3, 0.7, draft_cost=0.1)
+    requests = [Request("r", 4, osl_tokens, choice=choice) for choice in (0, 1)]
+    answers = [Answer(request, list(range(osl_tokens)), "length") for request in requests]
+
+    async def main():
+        drive = RealTimeDrive(make_core(num_blocks=64, speculation=speculation), LoopClock())
+        drive.start()
+        live = LiveRequest("r", answers, drive.submit(requests))
+        chunks = []
+        while not live.is_ended:
+            chunks += live.chunks(await live.stream.next_tokens())
+        await drive.stop()
+        return live, chunks
+
+    live, chunks = run_on_loop(main())
+    num_rejected = 0
+    for choice, (request, due_s) in enumerate(zip(requests, live.stream.due_s, strict=True)):
+        sizes = [len(chunk["token_ids"]) for chunk in chunks if chunk["index"] == choice]
+        assert sizes == chunk_sizes(due_s)
+        assert sizes[0] == 1
+        assert max(sizes) == 4
+        assert [token for chunk in chunks if chunk["index"] == choice for token in chunk["token_ids"]] == list(
+            range(40)
+        )
+        num_rejected += 3 * (len(sizes) - 1) - (osl_tokens - len(sizes))
+    usage = chunks[-1]["completion_usage"]
+    assert usage["completion_tokens"] == 2 * osl_tokens
+    num_accepted = sum(len(chunk["token_ids"]) - 1 for chunk in chunks)
+    assert usage["completion_tokens_details"] == {
+        "accepted_prediction_tokens": num_accepted,
+        "rejected_prediction_tokens": num_rejected,
+    }
