@@ -16,6 +16,7 @@ from mock_engine.aiperf_schema import Metric
 from mock_engine.bench_plots import plot_latency, plot_timeline
 from mock_engine.bench_results import Results
 from mock_engine.serve import print_plain
+from mock_engine.simulation_report import DRAFTS_LABEL, drafts_text
 
 _LATENCIES = {
     "time_to_first_token": "TTFT",
@@ -141,6 +142,7 @@ def _figures(results: Results) -> dict[str, str]:
     facts = results.facts
     late_ms = {name: seconds * 1e3 for name, seconds in results.lateness_s.items()}
     speedup = facts["speedup_ratio"]
+    drafts = results.speculative_decoding
     return {
         "Requests completed, failed, cancelled": (
             f"{int(results.aiperf['request_count']['avg']):,}, {_num_errors(results):,}, {results.num_cancelled:,}"
@@ -155,6 +157,7 @@ def _figures(results: Results) -> dict[str, str]:
         ),
         "Prefix cache hit rate": f"{results.prefix_cache_hit_rate:.1%}",
         "Preemptions": f"{results.preemptions:,}",
+        **({DRAFTS_LABEL: drafts_text(drafts["acceptance_rate"], drafts["tokens_per_step"])} if drafts else {}),
         "Worker processor time for each output token": f"{results.cpu_us_per_token:.0f} us",
     }
 

@@ -46,6 +46,7 @@ class Results:
     kv_usage: dict[str, float]  # share of blocks in use: avg, max
     preemptions: int
     prefix_cache_hit_rate: float
+    speculative_decoding: dict[str, float] | None  # as `simulate` has it, less positions; None without draft tokens
     cpu_us_per_token: float  # of the workers, while requests were under way
     num_cancelled: int
     requests: list[RequestRow]
@@ -85,6 +86,7 @@ class Results:
             "kv_usage": self.kv_usage,
             "preemptions": self.preemptions,
             "prefix_cache_hit_rate": self.prefix_cache_hit_rate,
+            "speculative_decoding": self.speculative_decoding,
             "cpu_us_per_token": self.cpu_us_per_token,
             "wall_s": self.aiperf["benchmark_duration"]["avg"],
             "facts": self.facts,
@@ -129,6 +131,7 @@ def read_results(folder: Path, fleet: Fleet, prediction: Prediction, ready_unix_
         kv_usage={"avg": float(np.mean(usage)) if usage else 0.0, "max": max(usage, default=0.0)},
         preemptions=sum(row.num_preemptions for row in last),
         prefix_cache_hit_rate=sum(row.prefix_hits_tokens for row in last) / queries if queries else 0.0,
+        speculative_decoding=speculation_figures(last),
         cpu_us_per_token=_cpu_us_per_token(timelines, ready_unix_s),
         num_cancelled=len(requests) - len(whole),
         requests=requests,
@@ -162,6 +165,22 @@ def model_metrics(rows: Sequence[RequestRow], speedup_ratio: float) -> dict[str,
         duration_s=float(np.max(arrival_unix_s + latency_ms / 1e3) - np.min(arrival_unix_s)),
     )
     return request_metrics(finished) | run_metrics(totals)
+
+
+def speculation_figures(last: Sequence[TimelineRow]) -> dict[str, float] | None:
+    """What became of draft tokens, from the last state of each worker; None if there were none."""
+    num_drafts = sum(row.num_drafts for row in last)
+    if not num_drafts:
+        return None
+    num_draft_tokens = sum(row.num_draft_tokens for row in last)
+    num_accepted_tokens = sum(row.num_accepted_tokens for row in last)
+    return {
+        "num_drafts": num_drafts,
+        "num_draft_tokens": num_draft_tokens,
+        "num_accepted_tokens": num_accepted_tokens,
+        "acceptance_rate": num_accepted_tokens / num_draft_tokens,
+        "tokens_per_step": 1 + num_accepted_tokens / num_drafts,
+    }
 
 
 def _column(values: Iterable[float]) -> FloatArray:

@@ -136,11 +136,15 @@ class Core:
 
     def end_step_with_tokens(self, step: Step, now_s: float) -> list[Token]:
         """`end_step`, and every output token of the step, due at `now_s`, in batch order."""
-        decoding = list(self.scheduler.decoding) if step.schedule.has_decodes else []
+        decoding = self.scheduler.decoding if step.schedule.has_decodes else ()
+        made_before = [(sequence, sequence.num_output_tokens) for sequence in decoding]
         progress = self.end_step(step, now_s)
+        made_before += [(sequence, sequence.num_output_tokens - 1) for sequence in progress.prefilled]
         return [
-            Token(sequence, sequence.num_output_tokens - 1, now_s, sequence.status is Status.FINISHED)
-            for sequence in (*decoding, *progress.prefilled)
+            Token(sequence, index, now_s, sequence.status is Status.FINISHED and index == last)
+            for sequence, first in made_before
+            for last in (sequence.num_output_tokens - 1,)
+            for index in range(first, last + 1)
         ]
 
     def plan_run(self, now_s: float) -> Run | None:

@@ -2,24 +2,30 @@
 The sequences that decode, and what follows from the number of decode steps they have done together.
 
     batch.add(sequence)                          it has made its first token
-    batch.num_blocks_for_steps(n)                KV blocks that n more decode steps take
+    batch.grow(blocks, n)                        KV blocks for n more decode steps of all
     finished = batch.advance(n)                  they are over: who has made its last token
     batch.remove(sequence)                       it leaves, finished or not
 
 Each of them gets one token in every decode step. So nothing is kept up to date for a sequence: what it has made follows
 from the number of decode steps since it began, when it ends is known, and the blocks that all of them need follow from
-a count by `tokens % block_size`. A step costs what changes in it, whatever the batch.
+a count by `tokens % block_size`. A step costs what changes in it, whatever the batch. (Where draft tokens are verified,
+that does not hold; `speculative_batch` offers the same and looks at each.)
 """
 
 from __future__ import annotations
 
 import heapq
 
+from mock_engine.kv_blocks import KvBlocks
+from mock_engine.request import Request
 from mock_engine.sequence import SequenceState
 
 
 class DecodeBatch:
     """Sequences in the order in which they began to decode, and the clock that they share."""
+
+    num_draft_tokens = 0  # that the next step verifies
+    num_extra_tokens = 0  # made in the last step, beyond one of each sequence
 
     def __init__(self, block_size: int) -> None:
         self.sequences: dict[SequenceState, None] = {}
@@ -37,9 +43,28 @@ class DecodeBatch:
         return self._context_tokens + len(self.sequences) * self.num_steps
 
     @property
-    def num_blocks_for_step(self) -> int:
-        """KV blocks that the next decode step takes."""
-        return self._num_by_phase[-self.num_steps % self._block_size]
+    def num_tokens(self) -> int:
+        """Tokens that the next decode step computes."""
+        return len(self.sequences)
+
+    def grow(self, blocks: KvBlocks, num_steps: int = 1) -> bool:
+        """Take the KV blocks for the next decode steps of all. False, and nothing changes, if there are too few."""
+        if num_steps == 1:
+            return blocks.take(self._num_by_phase[-self.num_steps % self._block_size])
+        return blocks.take(self.num_blocks_for_steps(num_steps))
+
+    def grow_one(self, sequence: SequenceState, blocks: KvBlocks) -> bool:
+        """The same for the next step of one of them."""
+        return sequence.num_computed_tokens % self._block_size != 0 or blocks.take(1)
+
+    def settle(self, sequence: SequenceState, is_in_step: bool) -> None:
+        """Enter the blocks that a sequence took while it decoded into its table; also those for a step under way."""
+        num_blocks = -(-(sequence.num_computed_tokens + is_in_step) // self._block_size)
+        sequence.table.num_private = num_blocks - len(sequence.table.hashes)
+
+    def num_steady_steps(self, num_available: int) -> int:
+        """Decode steps until somebody makes its last token, as far as `num_available` KV blocks are enough."""
+        return self.num_steps_with_blocks(self.num_steps_to_first_end(), num_available)
 
     def num_blocks_for_steps(self, num_steps: int) -> int:
         """KV blocks that the next `num_steps` decode steps take."""
@@ -79,6 +104,10 @@ class DecodeBatch:
             number * (-(phase + self.num_steps + 1) % block_size) for phase, number in enumerate(self._num_by_phase)
         )
         return self._total_blocks - (self.context_tokens + padding_tokens) // block_size
+
+    def num_blocks_in_all(self, request: Request) -> int:
+        """The most KV blocks that a sequence ever holds."""
+        return -(-(request.isl_tokens + request.osl_tokens) // self._block_size)
 
     def add(self, sequence: SequenceState) -> None:
         """From here on the clock says what it has computed and made."""

@@ -203,7 +203,7 @@ class Rank(RoutedLoad):
 
     def steps_done(self, stretch: Stretch) -> None:
         edges_s, num_decoding = stretch.edges_s, stretch.num_decoding
-        num_tokens = num_decoding * (len(edges_s) - 1) + stretch.num_joining
+        num_tokens = num_decoding * (len(edges_s) - 1) + stretch.num_joining + stretch.num_extra_tokens
         if num_decoding:
             self._gaps.add_gaps(edges_s[1:] - edges_s[:-1], num_decoding)
         num_blocks = self.engine.num_blocks

@@ -181,6 +181,14 @@ class RealTimeDrive:
         """Requests that have ended and whose blocks are still taken."""
         return len(self._kept)
 
+    @property
+    def num_kept_blocks(self) -> int:
+        """KV blocks that are taken for them alone."""
+        kept = tuple(self._kept)
+        hashes = {block_hash for sequence in kept for block_hash in sequence.table.hashes}
+        hashes.difference_update(*(sequence.table.hashes for sequence in tuple(self.streams)))
+        return len(hashes) + sum(sequence.table.num_private for sequence in kept)
+
     def submit(self, requests: Sequence[Request], is_stopped: Callable[[], bool] = lambda: False) -> Stream:
         """
         Queue requests that arrive now, as one stream. Raises `RequestError` if one can never be served.

@@ -72,6 +72,7 @@ class Stretch(NamedTuple):
     num_waiting: float  # mean over the time from the first edge to the last
     start_blocks: int  # KV blocks in use, in the first step
     end_blocks: int  # ... and in the last
+    num_extra_tokens: int = 0  # that came with these tokens: draft tokens that were accepted
 
 
 class Listener(Protocol):
@@ -310,6 +311,7 @@ class VirtualDrive:
                 self._mean_waiting(now_s),
                 self._used_blocks,
                 self._used_blocks,
+                progress.num_extra_tokens,
             )
         )
         if has_decodes:

@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from mock_engine.core import Core
+from mock_engine.drafting import DraftedTiming
 from mock_engine.errors import ConfigError
 from mock_engine.kv_blocks import KvBlocks
 from mock_engine.profile import Profile, find_folder, load_profile
 from mock_engine.scheduler import Scheduler
 from mock_engine.scheduler_config import SchedulerConfig
 from mock_engine.sglang_scheduler import SglangScheduler
+from mock_engine.speculation import Speculation
 from mock_engine.step import StepLoad
 from mock_engine.step_times import StepTimes
 from mock_engine.timing import StepJitter, TimingModel
 from mock_engine.trtllm_scheduler import TrtllmScheduler
 from mock_engine.vllm_scheduler import VllmScheduler
+from mock_engine.waiting_queue import SCHEDULING_POLICIES
 
 DEFAULT_PROFILE = "h100-sxm/llama-3.1-8b/vllm-tp1-bf16"
 # Whose scheduling policy an engine may follow, as Dynamo's mocker spells it.
@@ -52,6 +55,10 @@ class EngineSettings:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     async_scheduling: bool | None = None
+    scheduling_policy: str = "fcfs"
+    num_speculative_tokens: int = 0
+    speculative_acceptance_rate: float = 0.7
+    speculative_draft_cost: float = 0.1
     speedup_ratio: float = 1.0
     seed: int = 0
     jitter: float | None = None
@@ -73,6 +80,10 @@ class EngineSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{flag_of(name)} is {value}; it must be at least 1")
+        Speculation(self.num_speculative_tokens or 1, self.speculative_acceptance_rate, self.speculative_draft_cost)
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            allowed = ", ".join(SCHEDULING_POLICIES)
+            raise ConfigError(f"--scheduling-policy is {self.scheduling_policy!r}; allowed is {allowed}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization:g}; it must be above 0 and at most 1"
@@ -87,6 +98,15 @@ class EngineSettings:
             raise ConfigError(f"--seed is {self.seed}; it must be 0 or more")
         if self.default_osl < 1:
             raise ConfigError(f"--default-osl is {self.default_osl}; it must be at least 1")
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """How it speculates, the same on all engines; None if it does not."""
+        if not self.num_speculative_tokens:
+            return None
+        return Speculation(
+            self.num_speculative_tokens, self.speculative_acceptance_rate, self.speculative_draft_cost, self.seed
+        )
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> EngineSettings:
@@ -126,7 +146,8 @@ def build_engines(
     folder = find_folder(settings.profile)
     paths = [path for path in folder.iterdir() if path.suffix in (".toml", ".csv") and path.exists()]
     files = [(path.name, path.stat()) for path in paths]
-    profile, timing = _load(folder, tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)))
+    profile, measured = _load(folder, tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)))
+    timing = measured if settings.speculation is None else DraftedTiming(measured, settings.speculation)
     jitter_cv = profile.jitter_cv if settings.jitter is None else settings.jitter
     return [
         make_engine(settings, profile, StepTimes(timing, StepJitter(jitter_cv, seed), on_unmeasured)) for seed in seeds
@@ -147,11 +168,14 @@ def make_engine(settings: EngineSettings, profile: Profile, times: StepTimes) ->
         profile.total_kv_blocks(settings.gpu_memory_utilization) * profile.block_size // block_size
     )
     max_num_batched_tokens = settings.max_num_batched_tokens or profile.max_num_batched_tokens
+    tokens_per_sequence = 1 + settings.num_speculative_tokens
     config = SchedulerConfig(
-        max_num_seqs=settings.max_num_seqs or min(profile.max_num_seqs, max_num_batched_tokens),
+        max_num_seqs=settings.max_num_seqs or min(profile.max_num_seqs, max_num_batched_tokens // tokens_per_sequence),
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=settings.max_model_len or min(profile.max_model_len, num_blocks * block_size),
         enable_chunked_prefill=settings.enable_chunked_prefill,
+        speculation=settings.speculation,
+        scheduling_policy=settings.scheduling_policy,
     )
     is_async = profile.async_scheduling if settings.async_scheduling is None else settings.async_scheduling
     scheduler_type = ENGINE_TYPES.get(settings.engine_type or profile.engine, VllmScheduler)

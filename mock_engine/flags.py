@@ -16,6 +16,7 @@ from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S
 from mock_engine.planes import CHOICES, Planes
 from mock_engine.roles import ROLES
 from mock_engine.router_settings import ROUTER_MODES, RouterSettings
+from mock_engine.waiting_queue import SCHEDULING_POLICIES
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -57,6 +58,33 @@ def add_engine_flags(parser: argparse.ArgumentParser, is_live: bool = True) -> N
         action=argparse.BooleanOptionalAction,
         default=None,
         help="decide who is in a step when the one before it begins (default: as the profile's engine does)",
+    )
+    group.add_argument(
+        "--scheduling-policy",
+        default=defaults.scheduling_policy,
+        metavar=f"{{{','.join(SCHEDULING_POLICIES)}}}",
+        help="who is served first: who came first, or the most important (%(default)s)",
+    )
+    group.add_argument(
+        "--num-speculative-tokens",
+        type=int,
+        default=defaults.num_speculative_tokens,
+        metavar="N",
+        help="draft tokens that a decode step verifies for each sequence; 0: none (%(default)s)",
+    )
+    group.add_argument(
+        "--speculative-acceptance-rate",
+        type=float,
+        default=defaults.speculative_acceptance_rate,
+        metavar="SHARE",
+        help="of draft tokens, where all before were accepted (%(default)s)",
+    )
+    group.add_argument(
+        "--speculative-draft-cost",
+        type=float,
+        default=defaults.speculative_draft_cost,
+        metavar="SHARE",
+        help="time to draft one token, as a share of a decode pass; n-grams: 0, EAGLE: %(default)s",
     )
     group.add_argument("--seed", type=int, default=defaults.seed, help="seed of tokens and jitter (%(default)s)")
     group.add_argument(

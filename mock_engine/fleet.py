@@ -118,7 +118,9 @@ class Fleet:
         self.model = settings.worker.model_name or self.engine.profile.model
         settings.planes.check(os.environ)
         self.port = free_port(settings.host, settings.port)
-        self.namespace = f"mock-engine-{secrets.token_hex(4)}"  # Dynamo's; a new one for each fleet
+        self.namespace = f"mock-engine-{secrets.token_hex(4)}"  # Dynamo's; nobody else has it
+        if not settings.planes.is_shared:
+            self.namespace = os.environ.get("DYN_NAMESPACE") or "dynamo"
         self._parts = Parts(folder)
         self._is_recorded = is_recorded
 

@@ -84,6 +84,13 @@ class LiveRequest:
         }
         if num_cached_tokens is not None:
             usage["prompt_tokens_details"] = {"cached_tokens": num_cached_tokens}
+        num_drafts = sum(sequence.num_draft_tokens for sequence in self.stream.sequences)
+        if num_drafts:
+            num_accepted = sum(sequence.num_accepted_tokens for sequence in self.stream.sequences)
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": num_accepted,
+                "rejected_prediction_tokens": num_drafts - num_accepted,
+            }
         return usage
 
     def rows(self) -> list[RequestRow]:

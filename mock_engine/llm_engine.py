@@ -314,7 +314,11 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
 
 
 class _Probe:
-    """Reads counts that other threads may change meanwhile; each is right at some moment."""
+    """
+    Reads counts that other threads may change meanwhile; each is right at some moment.
+
+    A KV cache that waits for a decode worker is no request's any more: its blocks are not among those.
+    """
 
     def __init__(self, engine: MockLLMEngine) -> None:
         self._engine = engine
@@ -330,8 +334,8 @@ class _Probe:
             "streams": sum(len(drive.streams) for drive in drives),
             "running": sum(scheduler.num_running for scheduler in schedulers),
             "waiting": sum(drive.num_waiting for drive in drives),
-            "kv_blocks": sum(scheduler.blocks.num_used for scheduler in schedulers),
-            "transfers": engine._role.num_transfers,
+            "kv_blocks": sum(scheduler.blocks.num_used for scheduler in schedulers)
+            - sum(drive.num_kept_blocks for drive in drives),
         }
 
 

@@ -49,9 +49,11 @@ class Planner:
         sampling = wire.get("sampling_options") or {}
         num_choices = _integer(sampling, "n", default=1, minimum=1)
         seed = _integer(sampling, "seed", default=None, minimum=-(1 << 63))
+        # For Dynamo, who has a higher one is served first; its vLLM worker turns the sign too (ai-dynamo 1.2 to 1.6).
+        priority = -_integer(wire.get("routing") or {}, "priority", default=0, minimum=-(1 << 31))
         prompt_seed = hash((*_seed_key(self.seed), *_seed_key(seed), *prompt)) & _SEED_MASK
         return [
-            self._answer(request_id, prompt, stop, choice, (prompt_seed + choice) & _SEED_MASK)
+            self._answer(request_id, prompt, stop, choice, (prompt_seed + choice) & _SEED_MASK, priority)
             for choice in range(num_choices)
         ]
 
@@ -69,7 +71,9 @@ class Planner:
             )
         return prompt
 
-    def _answer(self, request_id: str, prompt: list[int], stop: Mapping[str, Any], choice: int, seed: int) -> Answer:
+    def _answer(
+        self, request_id: str, prompt: list[int], stop: Mapping[str, Any], choice: int, seed: int, priority: int
+    ) -> Answer:
         room = self.max_model_len - len(prompt)
         max_tokens = _integer(stop, "max_tokens", default=None, minimum=1)
         min_tokens = _integer(stop, "min_tokens", default=0, minimum=0)
@@ -99,6 +103,7 @@ class Planner:
                 block_hashes=hash_blocks(all_ids, self.block_size),
                 choice=choice,
                 token_ids=all_ids,
+                priority=priority,
             ),
             token_ids,
             finish_reason,

@@ -45,6 +45,9 @@ class TimelineRow:
     cpu_s: float  # processor seconds the process has used
     num_tasks: int  # asyncio tasks and Python threads of the process
     num_threads: int
+    num_drafts: int = 0  # since the start; as in `speculation.SpeculationCounts`
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from mock_engine.drive_realtime import RealTimeDrive
 from mock_engine.live_request import LiveRequest
 from mock_engine.recorder import Recorder, RequestRow, TimelineRow
+from mock_engine.speculation import SpeculationCounts
 
 INTERVAL_S = 0.25
 
@@ -59,6 +60,7 @@ class Recording:
             self._recorder.add_request(self._ended.popleft())
         drives = self._drives
         schedulers = [drive.core.scheduler for drive in drives]
+        counts = SpeculationCounts.total(filter(None, (scheduler.speculation_counts for scheduler in schedulers)))
         self._recorder.add_state(
             TimelineRow(
                 unix_s=time.time(),
@@ -78,6 +80,9 @@ class Recording:
                 cpu_s=time.process_time(),
                 num_tasks=len(asyncio.all_tasks()),
                 num_threads=threading.active_count(),
+                num_drafts=counts.num_drafts,
+                num_draft_tokens=counts.num_draft_tokens,
+                num_accepted_tokens=counts.num_accepted_tokens,
             )
         )
 

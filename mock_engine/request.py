@@ -33,6 +33,7 @@ class Request:
     num_remote_tokens: int = 0  # prompt tokens whose KV another worker has computed and handed over
     keeps_blocks: bool = False  # its KV blocks stay taken when it ends, until `Scheduler.give_back`
     token_ids: Sequence[int] = ()  # of prompt and output, for `kv_events`; nobody else looks at them
+    priority: int = 0  # with --scheduling-policy priority, who has a lower one is served first: vLLM's convention
 
     def __post_init__(self) -> None:
         if self.isl_tokens < 1:

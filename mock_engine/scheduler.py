@@ -7,10 +7,11 @@ What every scheduler keeps, whatever its policy: the queue, the running batch, a
     progress = scheduler.complete(schedule)       it is over
     scheduler.advance(scheduler.num_steady_steps())    decode steps in which nothing changes, all at once
 
-Policies are in `vllm_scheduler`, `sglang_scheduler` and `trtllm_scheduler`. Each puts together in `schedule` who runs,
-and may ask for more blocks at an admission than the step itself takes. What a policy may not do: let some of those that
-decode go on without the others. All get a token in a step or none, which is what `decode_batch` rests on; and while
-nobody can be admitted, all do, which is what `num_steady_steps` rests on.
+Who decodes is kept by `decode_batch`, or by `speculative_batch` where draft tokens are verified; who waits, by
+`waiting_queue`. Policies are in `vllm_scheduler`, `sglang_scheduler` and `trtllm_scheduler`. Each puts together in
+`schedule` who runs, and may ask for more blocks at an admission than the step itself takes. What a policy may not do:
+let some of those that decode go on without the others. All get a token in a step or none, which is what `decode_batch`
+rests on; and while nobody can be admitted, all do, which is what `num_steady_steps` rests on.
 
 Two liberties that make runs of steps possible, and that no measured figure shows: blocks filled by decoding are offered
 for sharing when somebody looks for blocks (an admission) or their sequence leaves, and a waiting sequence that found
@@ -20,7 +21,6 @@ too few blocks is looked at again when somebody has left.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,7 +30,10 @@ from mock_engine.kv_blocks import KvBlocks
 from mock_engine.request import Request
 from mock_engine.scheduler_config import SchedulerConfig
 from mock_engine.sequence import SequenceState, Status
+from mock_engine.speculation import SpeculationCounts
+from mock_engine.speculative_batch import SpeculativeBatch
 from mock_engine.step import PrefillChunk, StepLoad
+from mock_engine.waiting_queue import make_queue
 
 
 class ScheduledPrefill(NamedTuple):
@@ -45,7 +48,7 @@ class Schedule:
     """What runs in this step: these prefills, all decoding sequences or none of them, and the load that makes."""
 
     prefills: list[ScheduledPrefill]
-    has_decodes: bool  # whether those that decode get a token
+    has_decodes: bool  # whether those that decode get a token, or several
     load: StepLoad
 
 
@@ -54,6 +57,7 @@ class Progress(NamedTuple):
 
     prefilled: list[SequenceState]  # computed all their prompt and made a token
     finished: list[SequenceState]  # made their last token
+    num_extra_tokens: int = 0  # draft tokens that came out, beside one token of each that decodes
 
 
 class Scheduler(ABC):
@@ -69,9 +73,14 @@ class Scheduler(ABC):
             )
         self.config = config
         self.blocks = blocks
-        self.waiting: deque[SequenceState] = deque()
+        self.waiting = make_queue(config.scheduling_policy)
+        self.is_by_priority = config.scheduling_policy == "priority"
         # Both in order of admission; all that decode were admitted before any that does not yet.
-        self._decodes = DecodeBatch(blocks.block_size)
+        self._decodes: DecodeBatch | SpeculativeBatch = (
+            DecodeBatch(blocks.block_size)
+            if config.speculation is None
+            else SpeculativeBatch(config.speculation, blocks.block_size, config.max_model_len)
+        )
         self.decoding = self._decodes.sequences
         self.prefilling: dict[SequenceState, None] = {}
         self.num_steps = 0  # completed
@@ -82,6 +91,7 @@ class Scheduler(ABC):
         self.num_kept_blocks = 0  # of finished sequences whose requests keep them
         self.reserved: dict[SequenceState, None] = {}  # those that have blocks and have not been in the batch
         self._is_in_decode_step = False  # the blocks of those that decode are taken, their tokens not counted
+        self._have_grown: set[SequenceState] = set()  # while blocks are taken one by one: those that have theirs
         self._is_head_blocked = False  # the first that waits found too few blocks, and nobody has left since
         self._is_reserve_blocked = False  # the same for the last that wanted blocks before it is queued
         self._publishers: dict[SequenceState, None] = {}  # those that decode and have blocks to offer for sharing
@@ -93,13 +103,19 @@ class Scheduler(ABC):
 
     @property
     def has_room(self) -> bool:
-        """Whether the next step would try to take one more sequence into the batch, were it waiting."""
-        return not self._is_head_blocked and self.num_running < self.config.max_num_seqs
+        """Whether the next step may try to take one more sequence into the batch, should it come."""
+        is_passable = self.is_by_priority or not self._is_head_blocked  # who comes may be the first of those that wait
+        return is_passable and self.num_running < self.config.max_num_seqs
 
     @property
     def is_admitting(self) -> bool:
         """Whether the next step tries to take a waiting sequence into the batch."""
-        return bool(self.waiting) and self.has_room
+        return bool(self.waiting) and not self._is_head_blocked and self.num_running < self.config.max_num_seqs
+
+    @property
+    def speculation_counts(self) -> SpeculationCounts | None:
+        """What became of draft tokens; None if there are none."""
+        return self._decodes.counts if isinstance(self._decodes, SpeculativeBatch) else None
 
     def check(self, request: Request) -> None:
         """Raise `RequestError` if `request` can never be served."""
@@ -117,9 +133,12 @@ class Scheduler(ABC):
         sequence.status = Status.WAITING
         if sequence in self.reserved:
             self._is_head_blocked = False
+        if sequence in self.reserved and not self.is_by_priority:
             self._queue_first(sequence)
         else:
             self.waiting.append(sequence)
+            if self.waiting[0] is sequence:
+                self._is_head_blocked = False
 
     def reserve(self, sequence: SequenceState) -> bool:
         """
@@ -175,7 +194,7 @@ class Scheduler(ABC):
         """The step is over: count what it computed. Finished sequences have given their blocks back."""
         self._is_in_decode_step = False
         self.num_steps += 1
-        finished = self._advance_decodes(1) if schedule.has_decodes else []
+        finished, num_extra_tokens = self._advance_decodes(1) if schedule.has_decodes else ([], 0)
         prefilled = []
         for sequence, num_new in schedule.prefills:
             if sequence.status is not Status.RUNNING:
@@ -191,7 +210,7 @@ class Scheduler(ABC):
                 finished.append(sequence)
             else:
                 self._start_decoding(sequence)
-        return Progress(prefilled, finished)
+        return Progress(prefilled, finished, num_extra_tokens)
 
     def num_steady_steps(self) -> int:
         """
@@ -200,15 +219,14 @@ class Scheduler(ABC):
         """
         if self.prefilling or not self.decoding or self.is_admitting:
             return 0
-        num_steps = self._decodes.num_steps_to_first_end()
-        return self._decodes.num_steps_with_blocks(num_steps, self.blocks.num_available)
+        return self._decodes.num_steady_steps(self.blocks.num_available)
 
     def advance(self, num_steps: int) -> Progress:
         """Do that many steps at once, at most `num_steady_steps`: the same as `schedule` and `complete` in turns."""
-        has_blocks = self.blocks.take(self.num_blocks_for_steps(num_steps))
+        has_blocks = self._decodes.grow(self.blocks, num_steps)
         assert has_blocks, "there are as many steady steps as there are blocks for"
         self.num_steps += num_steps
-        return Progress([], self._advance_decodes(num_steps))
+        return Progress([], *self._advance_decodes(num_steps))
 
     def num_blocks_for_steps(self, num_steps: int) -> int:
         """Blocks that all that decode take in the next `num_steps` decode steps together."""
@@ -217,7 +235,7 @@ class Scheduler(ABC):
     @property
     def decode_load(self) -> StepLoad:
         """The load of the next step if it only decodes."""
-        return StepLoad((), len(self.decoding), self._decodes.context_tokens)
+        return StepLoad((), len(self.decoding), self._decodes.context_tokens, self._decodes.num_draft_tokens)
 
     # What a policy can say about admission.
 
@@ -234,7 +252,7 @@ class Scheduler(ABC):
 
     def _grow_decoding(self) -> bool:
         """Take the blocks for a token of all that decode. False, and nothing changes, if there are too few."""
-        if not self.blocks.take(self._decodes.num_blocks_for_step):
+        if not self._decodes.grow(self.blocks):
             return False
         self._is_in_decode_step = True
         return True
@@ -286,7 +304,7 @@ class Scheduler(ABC):
 
     def _preempt(self, sequence: SequenceState) -> None:
         """Take the blocks of a running sequence back. The policy queues it again."""
-        self._leave(sequence)
+        self._leave(sequence, is_step_lost=True)
         sequence._num_computed_tokens = 0
         sequence.num_remote_tokens = 0  # what another worker has sent is gone: it is computed here
         sequence.num_published_blocks = 0
@@ -299,6 +317,7 @@ class Scheduler(ABC):
         """With its load. One new token on top of a cached context is a decode, whatever phase the sequence is in."""
         decode_batch_size = len(self.decoding) if has_decodes else 0
         context_tokens = self._decodes.context_tokens if has_decodes else 0
+        num_draft_tokens = self._decodes.num_draft_tokens if has_decodes else 0
         chunks = []
         for sequence, num_new in prefills:
             past = sequence.num_computed_tokens
@@ -307,10 +326,15 @@ class Scheduler(ABC):
                 context_tokens += past + 1
             else:
                 chunks.append(PrefillChunk(num_new, past))
-        return Schedule(prefills, has_decodes, StepLoad(tuple(chunks), decode_batch_size, context_tokens))
+        return Schedule(
+            prefills, has_decodes, StepLoad(tuple(chunks), decode_batch_size, context_tokens, num_draft_tokens)
+        )
 
     def _queue_first(self, sequence: SequenceState) -> None:
         """Before all that wait but those with blocks, whom it could otherwise keep from running, and they it."""
+        if self.is_by_priority:
+            self.waiting.appendleft(sequence)
+            return
         place = next((n for n, each in enumerate(self.waiting) if each not in self.reserved), len(self.waiting))
         self.waiting.insert(place, sequence)
 
@@ -334,13 +358,13 @@ class Scheduler(ABC):
         for publisher in list(self._publishers):
             self._publish_decoded(publisher)
 
-    def _advance_decodes(self, num_steps: int) -> list[SequenceState]:
-        """So many decode steps are over: end those that have made their last token."""
+    def _advance_decodes(self, num_steps: int) -> tuple[list[SequenceState], int]:
+        """So many decode steps are over: end those that have made their last token. Returns them, and extra tokens."""
         finished = self._decodes.advance(num_steps)
         for sequence in finished:
             self._leave(sequence, sequence.request.keeps_blocks)
             sequence.status = Status.FINISHED
-        return finished
+        return finished, self._decodes.num_extra_tokens
 
     def _prefix_hits(self, sequence: SequenceState) -> tuple[int, ...]:
         """Cached blocks at the start of a waiting sequence; never the last token, which must be computed."""
@@ -364,10 +388,10 @@ class Scheduler(ABC):
         if len(sequence.request.block_hashes) > sequence.num_published_blocks:
             self._publishers[sequence] = None
 
-    def _leave(self, sequence: SequenceState, keeps_blocks: bool = False) -> None:
-        """Take a sequence out of the batch, and its blocks back."""
+    def _leave(self, sequence: SequenceState, keeps_blocks: bool = False, is_step_lost: bool = False) -> None:
+        """Take a sequence out of the batch, and its blocks back; also out of a step that is not to compute it."""
         if sequence in self.decoding:
-            self._publish_decoded(sequence)
+            self._publish_decoded(sequence, is_step_lost)
             self._publishers.pop(sequence, None)
             self._settle_table(sequence)
             self._decodes.remove(sequence)
@@ -385,14 +409,14 @@ class Scheduler(ABC):
 
     def _settle_table(self, sequence: SequenceState) -> None:
         """Enter the blocks that a sequence took while it decoded into its table."""
-        num_tokens = sequence.num_computed_tokens + self._is_in_decode_step
-        sequence.table.num_private = self._num_blocks(num_tokens) - len(sequence.table.hashes)
+        self._decodes.settle(sequence, self._is_in_decode_step or sequence in self._have_grown)
 
-    def _publish_decoded(self, sequence: SequenceState) -> None:
+    def _publish_decoded(self, sequence: SequenceState, is_step_lost: bool = False) -> None:
         """Offer the blocks that a sequence has filled while it decoded for sharing."""
         if sequence in self._publishers:
             self._settle_table(sequence)
-            self._publish(sequence, sequence.num_computed_tokens + self._is_in_decode_step)
+            is_computing = self._is_in_decode_step and not is_step_lost
+            self._publish(sequence, sequence.num_computed_tokens + is_computing)
             if sequence.num_published_blocks >= len(sequence.request.block_hashes):
                 del self._publishers[sequence]
 

@@ -2,7 +2,8 @@
 The progress of one request through an engine.
 
 Written by the scheduler alone. A sequence that decodes gets a token in every decode step, so what it has made follows
-from how many of those the engine has completed, and nothing is kept up to date for it.
+from how many of those the engine has completed, and nothing is kept up to date for it. (Where draft tokens are
+verified, a step can make several, and what a sequence has made is written down: it has no clock.)
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ class SequenceState:
         "_clock",
         "_num_computed_tokens",
         "_num_output_tokens",
+        "num_accepted_tokens",
         "num_cached_tokens",
+        "num_draft_tokens",
         "num_preemptions",
         "num_published_blocks",
         "num_remote_tokens",
+        "queue_number",
         "request",
         "status",
         "table",
@@ -54,6 +58,9 @@ class SequenceState:
         self.num_preemptions = 0
         self.num_remote_tokens = request.num_remote_tokens  # 0 where they never came, or are gone
         self.num_published_blocks = 0  # full blocks of this sequence that were offered for sharing
+        self.num_draft_tokens = 0  # that were verified for it
+        self.num_accepted_tokens = 0  # of those, that are part of its output
+        self.queue_number = 0  # its place among those that came, where `waiting_queue` sorts by priority
         self.table = BlockTable()  # without the private blocks that decoding has added since it began
         # While it decodes (and has a clock), both are less the number of decode steps completed.
         self._clock: DecodeClock | None = None

@@ -22,6 +22,7 @@ from mock_engine.deployment import Deployment, DeploymentSettings, Job, UsageLog
 from mock_engine.drive_virtual import Observer, VirtualClock
 from mock_engine.simulation_results import RequestLog
 from mock_engine.slos import Slo
+from mock_engine.speculation import SpeculationCounts
 from mock_engine.state_log import StateLog, Timeline, Usage
 from mock_engine.step import StepLoad
 from mock_engine.workload import Workload
@@ -67,6 +68,7 @@ class SimulationResults:
     num_tokens_made: int  # of all requests
     total_kv_blocks: int  # of all engines together
     num_steps: int
+    speculation: SpeculationCounts | None  # of all engines together; None if none speculates
     unmeasured: dict[str, StepLoad]  # profile -> the first load that lies outside what it measured
 
     @property
@@ -120,6 +122,7 @@ class SimulationResults:
             "output_tokens_made": self.num_tokens_made,
             "total_kv_blocks": self.total_kv_blocks,
             "num_steps": self.num_steps,
+            "speculative_decoding": self.speculation.to_json() if self.speculation else None,
             "queue_depth": {
                 "bin_s": self.timeline.bin_s,
                 "num_waiting": self.timeline.num_waiting.tolist(),
@@ -271,6 +274,7 @@ def _results(settings: SimulationSettings, books: _Books, deployment: Deployment
     looking = [rank.engine.core.scheduler for rank in deployment.ranks if rank.role != "decode"]
     queries = sum(scheduler.num_prefix_queries_tokens for scheduler in looking)
     hits = sum(scheduler.num_prefix_hits_tokens for scheduler in looking)
+    counts = [scheduler.speculation_counts for scheduler in schedulers if scheduler.speculation_counts is not None]
     plan = settings.deployment
     gpu_s = 0.0
     for rank in deployment.ranks:
@@ -310,5 +314,6 @@ def _results(settings: SimulationSettings, books: _Books, deployment: Deployment
         num_tokens_made=sum(rank.num_output_tokens for rank in deployment.ranks if rank.role != "prefill"),
         total_kv_blocks=sum(rank.engine.num_blocks for rank in deployment.ranks),
         num_steps=sum(scheduler.num_steps for scheduler in schedulers),
+        speculation=SpeculationCounts.total(counts) if counts else None,
         unmeasured=books.unmeasured,
     )

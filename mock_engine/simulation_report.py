@@ -20,6 +20,7 @@ _LATENCIES = {
     "request_latency": "Latency (ms)",
     "output_token_throughput_per_user": "Tokens/s/user",
 }
+DRAFTS_LABEL = "Draft tokens accepted, tokens of a request a step"
 _STATISTICS = ("avg", "p50", "p90", "p95", "p99", "max")
 
 
@@ -151,7 +152,15 @@ def _figures(results: SimulationResults) -> dict[str, str]:
         figures["Requests sent again after a loss"] = f"{results.num_migrated:,}"
     figures["Prefix cache hit rate"] = f"{results.prefix_cache_hit_rate:.1%}"
     figures["Preemptions"] = f"{results.preemptions:,}"
+    drafts = results.speculation
+    if drafts is not None:
+        figures[DRAFTS_LABEL] = drafts_text(drafts.acceptance_rate, drafts.tokens_per_step)
     return figures
+
+
+def drafts_text(acceptance_rate: float, tokens_per_step: float) -> str:
+    """The figures under `DRAFTS_LABEL`."""
+    return f"{acceptance_rate:.1%}, {tokens_per_step:,.2f}"
 
 
 def _print_notes(results: SimulationResults, console: Console, label: str = "") -> None:

@@ -25,8 +25,9 @@ class StepLoad:
     prefill_chunks: tuple[PrefillChunk, ...]  # one per sequence in prefill
     decode_batch_size: int  # sequences computing one output token each
     context_tokens: int  # KV length summed over the decoding sequences
+    num_draft_tokens: int = 0  # that are verified beside these output tokens, of all decoding sequences
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the linear layers: prompt tokens plus one per decoding sequence."""
-        return sum(chunk.new_tokens for chunk in self.prefill_chunks) + self.decode_batch_size
+        """Tokens that go through the linear layers: prompt tokens, one per decoding sequence, draft tokens."""
+        return sum(chunk.new_tokens for chunk in self.prefill_chunks) + self.decode_batch_size + self.num_draft_tokens

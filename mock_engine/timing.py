@@ -17,7 +17,8 @@ out, so that no pass gets faster by having more to do. The grid meets each measu
 point that is not itself part of a dip.
 
 A pass with prefill and decode is not the two added: its matrices see prompt
-tokens and decoding sequences together, and read the weights once.
+tokens and decoding sequences together, and read the weights once. They see draft tokens too, of which each needs
+the LM head; attention reads the context of a sequence once, however many of its tokens are verified.
 """
 
 from __future__ import annotations
@@ -153,11 +154,13 @@ class _KernelTables:
         if not batch_size:
             return self._without_attention_s(load.num_tokens, len(chunks)) + floor_s + chunks_s
         decode_s = self._decode_attention.at(batch_size)(load.context_tokens / batch_size)
-        seconds = self._without_attention_s(load.num_tokens, len(chunks) + batch_size) + decode_s + chunks_s
+        num_drafts = load.num_draft_tokens
+        seconds = self._without_attention_s(load.num_tokens, len(chunks) + batch_size, num_drafts) + decode_s + chunks_s
         if not chunks:
             return seconds
         # Launching decode attention can take less than launching that of prompts.
-        alone_s = self._without_attention_s(load.num_tokens - batch_size, len(chunks)) + floor_s + chunks_s
+        num_prompt_tokens = load.num_tokens - batch_size - num_drafts
+        alone_s = self._without_attention_s(num_prompt_tokens, len(chunks)) + floor_s + chunks_s
         return max(seconds, alone_s)
 
     def decode_s(self, batch_size: int, context_tokens: FloatArray) -> FloatArray:
@@ -166,12 +169,12 @@ class _KernelTables:
             context_tokens
         )
 
-    def _without_attention_s(self, tokens: int, sequences: int) -> float:
+    def _without_attention_s(self, tokens: int, sequences: int, draft_tokens: int = 0) -> float:
         seconds = (
             self._profile.overhead_step_s
             + self._profile.overhead_per_seq_s * sequences
             + self._linear(tokens)
-            + self._head(sequences)
+            + self._head(sequences + draft_tokens)
         )
         if self._communication is not None:
             seconds += self._communication(tokens)
@@ -197,7 +200,8 @@ class _StepTables:
 
     A mixed pass takes as long as a prefill with the decoding sequences as extra tokens,
     plus their attention over the KV cache; at least as long as either alone, and no
-    longer than one after the other.
+    longer than one after the other. Draft tokens take what as many more decoding sequences
+    would take, less their attention.
     """
 
     def __init__(self, profile: Profile) -> None:
@@ -223,13 +227,18 @@ class _StepTables:
         chunks, batch_size = load.prefill_chunks, load.decode_batch_size
         context_tokens = load.context_tokens / batch_size if batch_size else 0.0  # of each
         decode_s = self._decode.at(batch_size)(context_tokens) if batch_size else 0.0
+        num_drafts = load.num_draft_tokens
+        if num_drafts:
+            as_sequences = self._decode.at(batch_size + num_drafts)
+            verified_s = as_sequences(1.0) + self._decode_attention.at(batch_size)(context_tokens)
+            decode_s = max(decode_s, min(verified_s, as_sequences(context_tokens)))
         if not chunks:
             return decode_s
         attention_s = 0.0
         for new_tokens, past_tokens in chunks:
             attention_s += self._prefill_attention(new_tokens, past_tokens)
         tokens = load.num_tokens
-        prefill_s = self._linear(tokens - batch_size) + attention_s
+        prefill_s = self._linear(tokens - batch_size - num_drafts) + attention_s
         if not batch_size:
             return prefill_s
         together_s = self._linear(tokens) + attention_s + self._decode_attention.at(batch_size)(context_tokens)

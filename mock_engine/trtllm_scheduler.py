@@ -23,14 +23,14 @@ class TrtllmScheduler(Scheduler):
         has_grown = self._grow_decoding()
         assert has_grown, "who is admitted has blocks for all its output"
         prefills: list[ScheduledPrefill] = []
-        budget = self._continue_prefills(prefills, self.config.max_num_batched_tokens - len(self.decoding))
+        budget = self._continue_prefills(prefills, self.config.max_num_batched_tokens - self._decodes.num_tokens)
         assert len(prefills) == len(self.prefilling), "who is admitted has blocks for all its prompt"
         self._admit(prefills, budget)
         return self._schedule_of(prefills, has_decodes=True)
 
     def _num_blocks_to_admit(self, sequence: SequenceState, num_tokens: int) -> int:
         del num_tokens
-        return self._num_blocks(sequence.request.isl_tokens + sequence.request.osl_tokens)
+        return self._decodes.num_blocks_in_all(sequence.request)
 
     def _num_reserved_blocks(self) -> int:
         prefilling = sum(self._num_blocks_to_admit(each, 0) - each.table.num_blocks for each in self.prefilling)

@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 
 from mock_engine.cli import parse
 from mock_engine.pytest_plugin import ARGS
+from mock_engine.serve import describe
 from mock_engine.testing import read_settings
-from tests.helpers.processes import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -46,7 +46,7 @@ def environment(tmp_path, monkeypatch):
 def bash(script, folder, environment):
     """What a script printed, which has to succeed; `bash -e` is what GitHub runs steps with."""
     done = subprocess.run(
-        ["bash", "-e", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+        ["bash", "-e", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -132,3 +132,10 @@ def test_the_page_s_settings_are_ones_that_we_have():
     settings = read_settings(f"{ini['pytest'][ARGS]} {flags}")
     assert settings.worker.engine.profile == "h100-sxm/llama-3.1-70b/vllm-tp4-bf16"
     assert settings.worker.engine.speedup_ratio == 1
+
+
+@pytest.mark.e2e
+def test_the_page_names_every_field_of_the_file(mock_engine_server):
+    (table,) = re.findall(r"\| in the file \| \|\n(.*?)\n\n", PAGE, re.DOTALL)
+    named = {name for row in table.splitlines() for name in re.findall("`(.*?)`", row.split("|")[1])}
+    assert named == {*describe(mock_engine_server.fleet)}

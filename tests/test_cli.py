@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mock_engine import serve
 from mock_engine.cli import main, parse
 from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import ConfigError
@@ -162,6 +163,21 @@ def test_importing_the_command_line_does_not_import_dynamo_or_aiperf():
     """Help, profiles and errors come at once."""
     code = "import sys, mock_engine.cli; print([m for m in ('dynamo', 'aiperf', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_file_of_serve_is_there_all_at_once(tmp_path, monkeypatch):
+    """A script that waits for it reads it the moment it exists."""
+    path = tmp_path / "ready.json"
+
+    def write_slowly(there, _content):
+        assert not path.exists()
+        there.write_text("half", encoding="utf-8")
+        assert not path.exists()
+        there.write_text("whole", encoding="utf-8")
+
+    monkeypatch.setattr(serve, "write_json", write_slowly)
+    serve._write_whole(path, {})
+    assert [(each.name, each.read_text(encoding="utf-8")) for each in tmp_path.iterdir()] == [("ready.json", "whole")]
 
 
 def test_a_worker_does_not_load_what_the_other_commands_need():

@@ -89,6 +89,7 @@ class Cluster:
             assert await engine.is_quiescent() is True
             (drive,) = engine._drives
             check_blocks(drive.core)
+            assert drive.core.scheduler.blocks.num_used == 0
             assert drive.num_kept == drive.core.scheduler.num_kept_blocks == 0
             assert not drive.core.scheduler.reserved
             assert not drive._wanting
@@ -103,7 +104,7 @@ def token_ids(chunks):
 
 
 def kv_blocks(engine):
-    return engine.conformance_probe().in_use()["kv_blocks"]
+    return engine._drives[0].core.scheduler.blocks.num_used
 
 
 @asynccontextmanager

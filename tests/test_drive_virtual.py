@@ -23,6 +23,7 @@ options = st.fixed_dictionaries(
         "timing": st.sampled_from([step_s, ticking_step_s]),
         "is_async": st.booleans(),
         "engine_type": st.sampled_from(list(ENGINE_TYPES)),
+        "scheduling_policy": st.sampled_from(["fcfs", "priority"]),
     }
 )
 

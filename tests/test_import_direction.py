@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors request session",
-    "step kv_blocks latency_table monotone roofline gpu_datasheets engine_defaults profile model_config"
+    "step speculation kv_blocks latency_table monotone roofline gpu_datasheets engine_defaults profile model_config"
     " profile_writing roles kv_transfer lateness tokenizer_words output_tokens aiperf_schema columns slos"
     " state_log json_file",
-    "sequence decode_batch scheduler_config scheduler vllm_scheduler sglang_scheduler trtllm_scheduler timing"
-    " step_times prompt handoff kv_events",
+    "sequence decode_batch speculative_batch waiting_queue scheduler_config scheduler vllm_scheduler sglang_scheduler"
+    " trtllm_scheduler drafting timing step_times prompt handoff kv_events",
     "core",
     "realtime_clock kv_channel kv_sender kv_fetcher recorder drive_realtime drive_virtual engine_settings"
     " trace_files workload aiperf_records simulation_results",

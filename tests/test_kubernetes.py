@@ -112,8 +112,7 @@ def test_a_component_s_command_is_one_that_it_understands(component):
         flags = worker_flags(container)
         WorkerSettings.from_flags(flags)
         load_profile(flags.profile)
-        mode = getattr(flags, "disaggregation_mode", "agg")
-        assert mode == {"worker": "agg"}.get(component["type"], component["type"])
+        assert flags.disaggregation_mode == {"worker": "agg"}.get(component["type"], component["type"])
 
 
 @pytest.mark.parametrize("component", components())

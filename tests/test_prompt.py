@@ -203,3 +203,19 @@ def test_groups_that_are_missing_are_the_same_as_empty_ones():
     (bare,) = planner.plan("r", {"token_ids": [1, 2]})
     (none,) = planner.plan("r", {"token_ids": [1, 2], "stop_conditions": None, "sampling_options": None})
     assert bare.token_ids == none.token_ids == plan_one([1, 2]).token_ids
+
+
+@pytest.mark.parametrize(
+    ("routing", "expected"),
+    [
+        (None, 0),
+        ({}, 0),
+        ({"priority": None}, 0),
+        ({"priority_jump": 5.0, "strict_priority": 2, "priority": 5}, -5),
+        ({"priority": -7}, 7),
+    ],
+)
+def test_dynamo_s_priority_is_turned_to_vllm_s_sign(routing, expected):
+    """As ai-dynamo's frontend writes `nvext.agent_hints.priority`, where the higher is the more important."""
+    answers = make_planner().plan("r", {"token_ids": [1], "routing": routing, "sampling_options": {"n": 2}})
+    assert [answer.request.priority for answer in answers] == [expected] * 2

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from mock_engine.engine_settings import ENGINE_TYPES
 from mock_engine.kv_blocks import KvBlocks
 from mock_engine.scheduler_config import SchedulerConfig
-from mock_engine.sequence import SequenceState
+from mock_engine.sequence import SequenceState, Status
+from mock_engine.waiting_queue import SCHEDULING_POLICIES
 from tests.helpers.plain_scheduler import PlainScheduler, PlainSequence, PlainSglangScheduler, PlainTrtllmScheduler
-from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, workloads
+from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, speculations, workloads
 
 PLAIN = {"vllm": PlainScheduler, "sglang": PlainSglangScheduler, "trtllm": PlainTrtllmScheduler}
 
@@ -22,16 +23,30 @@ options = st.fixed_dictionaries(
         "max_num_batched_tokens": st.integers(8, 64),
         "enable_prefix_caching": st.booleans(),
         "enable_chunked_prefill": st.booleans(),
+        "speculation": st.none() | speculations,
+        "scheduling_policy": st.sampled_from(SCHEDULING_POLICIES),
     }
 )
 
 
-def make(kind, num_blocks, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, enable_chunked_prefill):
+def make(
+    kind,
+    num_blocks,
+    max_num_seqs,
+    max_num_batched_tokens,
+    enable_prefix_caching,
+    enable_chunked_prefill,
+    speculation,
+    scheduling_policy,
+):
+    tokens_per_sequence = 1 if speculation is None else 1 + speculation.num_tokens
     config = SchedulerConfig(
-        max_num_seqs,
+        min(max_num_seqs, max_num_batched_tokens // tokens_per_sequence),
         max_num_batched_tokens if enable_chunked_prefill else MAX_MODEL_LEN + max_num_batched_tokens,
         MAX_MODEL_LEN,
         enable_chunked_prefill,
+        speculation,
+        scheduling_policy,
     )
     return kind(config, KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching))
 
@@ -59,7 +74,7 @@ def test_every_step_is_the_one_that_the_policy_written_out_plainly_gives(engine_
             pair = SequenceState(request), PlainSequence(request)
             pairs[request.request_id] = pair
             scheduler.add(pair[0])
-            plain.waiting.append(pair[1])
+            plain.add(pair[1])
         cancel(in_step=False)
         schedule = scheduler.schedule()
         assert schedule.load == plain.schedule()
@@ -74,7 +89,7 @@ def test_every_step_is_the_one_that_the_policy_written_out_plainly_gives(engine_
         assert scheduler.blocks.num_free == plain.blocks.num_free
         assert scheduler.blocks._holders == plain.blocks._holders
         for sequence, other in pairs.values():
-            if not sequence.is_final:
+            if sequence.status is not Status.CANCELLED:
                 assert (sequence.num_output_tokens, sequence.num_computed_tokens) == (
                     other.num_output,
                     other.num_computed,

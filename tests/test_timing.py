@@ -82,7 +82,7 @@ def test_decode_steps_computed_at_once_take_what_they_take_one_by_one(name, batc
 )
 @settings(max_examples=150, deadline=None)
 def test_more_work_never_takes_less_time(name, chunks, batch_size, each, extra, chunk):
-    """More new tokens, more past, longer contexts, more sequences of the same length, one more prompt."""
+    """More new tokens, more past, longer contexts, more sequences of the same length, one more prompt, draft tokens."""
     assume(chunks or batch_size)
     timing = model_of(name)
     more_new, more_past, more_sequences, more_context = extra
@@ -100,6 +100,22 @@ def test_more_work_never_takes_less_time(name, chunks, batch_size, each, extra, 
         assert never_less(timing.step_s(load), base_s)
         larger = batch_size + more_sequences
         assert never_less(timing.step_s(StepLoad(chunks, larger, larger * each)), base_s)
+        drafted_s = timing.step_s(StepLoad(chunks, batch_size, batch_size * each, more_new))
+        assert never_less(drafted_s, base_s)
+        more_drafted_s = timing.step_s(StepLoad(chunks, batch_size, batch_size * each, more_new + more_past))
+        assert never_less(more_drafted_s, drafted_s)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+@given(batch_size=batch_sizes, num_drafts=st.integers(1, 7), each=log_tokens)
+@settings(max_examples=100, deadline=None)
+def test_draft_tokens_cost_no_more_than_as_many_sequences_that_read_the_context_again(
+    name, batch_size, num_drafts, each
+):
+    timing = model_of(name)
+    larger = batch_size * (1 + num_drafts)
+    drafted_s = timing.step_s(StepLoad((), batch_size, batch_size * each, batch_size * num_drafts))
+    assert never_less(timing.step_s(StepLoad((), larger, larger * each)), drafted_s)
 
 
 @pytest.mark.parametrize("name", SAMPLE)

@@ -2,7 +2,8 @@
 The schedulers' policies in their plainest form: every sequence is looked at in every step.
 
 Those of `mock_engine` keep next to nothing per step; held against these, they must schedule
-the same in every step. Slow, short, and without shortcuts.
+the same in every step. Slow, short, and without shortcuts. Of draft tokens it knows which positions of an output are
+rejected, and of priorities that `came` says in which order sequences with the same one are served.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class PlainSequence:
     num_output: int = 0
     num_published: int = 0
     is_decoding: bool = False
+    came: int = 0
     table: BlockTable = field(default_factory=BlockTable)
 
     @property
@@ -41,6 +43,16 @@ class PlainScheduler:
         self.running: list[PlainSequence] = []
         self.scheduled: list[tuple[PlainSequence, int]] = []
         self.is_head_blocked = False
+        self.is_by_priority = config.scheduling_policy == "priority"
+        self.num_came = 0
+
+    def add(self, sequence: PlainSequence) -> None:
+        self.num_came += 1
+        sequence.came = self.num_came
+        self.waiting.append(sequence)
+        self._sort_waiting()
+        if self.waiting[0] is sequence:
+            self.is_head_blocked = False
 
     def cancel(self, sequence: PlainSequence) -> None:
         if sequence in self.waiting:
@@ -64,27 +76,33 @@ class PlainScheduler:
             num_new = min(sequence.num_tokens - sequence.num_computed, budget)
             while not self._grow(sequence, num_new):
                 has_preempted = True
-                newest = self.running[-1]
-                self._preempt(newest)
-                self.waiting.appendleft(newest)
-                if newest is sequence:
+                last = max(self.running, key=self._rank) if self.is_by_priority else self.running[-1]
+                if (last, 1) in self.scheduled:  # it had its turn before, so it decodes
+                    self.scheduled.remove((last, 1))
+                    budget += 1 + self._num_drafts(last)
+                    index -= 1
+                self._preempt(last)
+                self.waiting.appendleft(last)
+                self._sort_waiting()
+                if last is sequence:
                     break
             else:
                 self.scheduled.append((sequence, num_new))
-                budget -= num_new
+                budget -= num_new + self._num_drafts(sequence)
                 index += 1
         if not has_preempted and not self.is_head_blocked:
             self._admit(budget)
 
     def _load(self) -> StepLoad:
-        chunks, batch_size, context_tokens = [], 0, 0
+        chunks, batch_size, context_tokens, num_drafts = [], 0, 0, 0
         for sequence, num_new in self.scheduled:
             if num_new == 1 and sequence.num_computed > 0:
                 batch_size += 1
-                context_tokens += sequence.num_computed + 1
+                num_drafts += self._num_drafts(sequence)
+                context_tokens += sequence.num_computed + 1 + self._num_drafts(sequence)
             else:
                 chunks.append(PrefillChunk(num_new, sequence.num_computed))
-        return StepLoad(tuple(chunks), batch_size, context_tokens)
+        return StepLoad(tuple(chunks), batch_size, context_tokens, num_drafts)
 
     def complete(self) -> list[PlainSequence]:
         emitted = []
@@ -92,10 +110,15 @@ class PlainScheduler:
         for sequence, num_new in scheduled:
             if sequence not in self.running:
                 continue
+            num_accepted = self._num_accepted(sequence)
             sequence.num_computed += num_new
             if sequence.num_computed < sequence.num_tokens:
                 continue
             sequence.num_output += 1
+            while num_accepted and sequence.num_output < sequence.request.osl_tokens:
+                sequence.num_computed += 1
+                sequence.num_output += 1
+                num_accepted -= 1
             sequence.is_decoding = True
             emitted.append(sequence)
         for sequence in emitted:
@@ -132,7 +155,7 @@ class PlainScheduler:
 
     def _grow(self, sequence: PlainSequence, num_new: int) -> bool:
         num_tokens = sequence.num_computed + num_new
-        if not self.blocks.grow(sequence.table, self._num_blocks(num_tokens)):
+        if not self.blocks.grow(sequence.table, self._num_blocks_to_hold(sequence, num_tokens)):
             return False
         if not sequence.is_decoding:
             self._publish_up_to(sequence, num_tokens)
@@ -148,6 +171,33 @@ class PlainScheduler:
         num_full = num_tokens // self.blocks.block_size
         self.blocks.publish(sequence.table, sequence.request.block_hashes[sequence.num_published : num_full])
         sequence.num_published = max(sequence.num_published, num_full)
+
+    def _num_blocks_to_hold(self, sequence: PlainSequence, num_tokens: int) -> int:
+        ahead = self._num_drafts(sequence)
+        if sequence.is_decoding and self.config.speculation is not None and self.config.speculation.draft_cost:
+            ahead += self.config.speculation.num_tokens
+        return max(sequence.table.num_blocks, self._num_blocks(min(num_tokens + ahead, self.config.max_model_len)))
+
+    def _num_drafts(self, sequence: PlainSequence) -> int:
+        if not sequence.is_decoding or self.config.speculation is None:
+            return 0
+        return min(self.config.speculation.num_tokens, self.config.max_model_len - 1 - sequence.num_tokens)
+
+    def _num_accepted(self, sequence: PlainSequence) -> int:
+        if self.config.speculation is None:
+            return 0
+        rejected = self.config.speculation.rejected(sequence.request)
+        num_accepted = 0
+        while num_accepted < self._num_drafts(sequence) and sequence.num_output + num_accepted not in rejected:
+            num_accepted += 1
+        return num_accepted
+
+    def _rank(self, sequence: PlainSequence) -> tuple[int, int]:
+        return sequence.request.priority, sequence.came
+
+    def _sort_waiting(self) -> None:
+        if self.is_by_priority:
+            self.waiting = deque(sorted(self.waiting, key=self._rank))
 
     def _num_tokens_to_admit(self, _: PlainSequence, num_tokens: int) -> int:
         return num_tokens
@@ -199,13 +249,18 @@ class PlainSglangScheduler(PlainScheduler):
             self.scheduled.append((sequence, 1))
 
     def _retract(self) -> None:
-        size = self.blocks.block_size
         has_retracted = False
-        while sum(each.num_computed % size == 0 for each in self.running) > self.blocks.num_available:
+        while (
+            sum(self._num_blocks_to_hold(each, each.num_computed + 1) - each.table.num_blocks for each in self.running)
+            > self.blocks.num_available
+        ):
             has_retracted = True
             ranked = sorted(self.running, key=lambda each: (each.num_output, -each.request.isl_tokens), reverse=True)
             self._preempt(ranked[-1])
+            self.num_came += 1
+            ranked[-1].came = self.num_came
             self.waiting.append(ranked[-1])
+            self._sort_waiting()
         if has_retracted:
             made = sum(each.num_output + 20 for each in self.running)
             self.start_ratio = min(1.0, made / (sum(each.request.osl_tokens for each in self.running) + 1))
@@ -231,10 +286,12 @@ class PlainTrtllmScheduler(PlainScheduler):
         raise AssertionError("nobody is preempted")
 
     def _num_tokens_to_admit(self, sequence: PlainSequence, _: int) -> int:
-        return sequence.request.isl_tokens + sequence.request.osl_tokens
+        num_tokens = sequence.request.isl_tokens + sequence.request.osl_tokens
+        if self.config.speculation is not None:
+            num_tokens += self.config.speculation.num_tokens + self.config.speculation.num_lookahead_tokens
+        return min(num_tokens, self.config.max_model_len)
 
     def _num_reserved_blocks(self) -> int:
         return sum(
-            self._num_blocks(each.request.isl_tokens + each.request.osl_tokens) - each.table.num_blocks
-            for each in self.running
+            self._num_blocks(self._num_tokens_to_admit(each, 0)) - each.table.num_blocks for each in self.running
         )

@@ -22,9 +22,11 @@ class TokenCore(Core):
             self.token_s.setdefault(sequence.request.request_id, []).append(float(now_s))
 
     def end_step(self, step, now_s):
-        if step.schedule.has_decodes:
-            self.note(self.scheduler.decoding, now_s)
+        decoding = list(self.scheduler.decoding) if step.schedule.has_decodes else []
+        made_before = [sequence.num_output_tokens for sequence in decoding]
         progress = super().end_step(step, now_s)
+        for sequence, made in zip(decoding, made_before, strict=True):
+            self.note([sequence] * (sequence.num_output_tokens - made), now_s)
         self.note(progress.prefilled, now_s)
         return progress
 
@@ -61,6 +63,7 @@ class Notes:
         for start_s, end_s in pairwise(stretch.edges_s.tolist()):
             self.gaps += [end_s - start_s] * stretch.num_decoding
         self.num_tokens += stretch.num_decoding * (len(stretch.edges_s) - 1) + stretch.num_joining
+        self.num_tokens += stretch.num_extra_tokens
         self.waiting_s += stretch.num_waiting * float(stretch.edges_s[-1] - stretch.edges_s[0])
 
     def gap_done(self, gap_s, num_sequences):
@@ -116,7 +119,9 @@ def timed_requests(draw: st.DrawFn, max_requests: int = 14) -> list[TimedRequest
         cancel_s = draw(st.none() | st.none() | moments)
         result.append(
             TimedRequest(
-                Request(f"r{number}", isl, osl, hashes), arrival_s, None if cancel_s is None else arrival_s + cancel_s
+                Request(f"r{number}", isl, osl, hashes, priority=draw(st.integers(-1, 1))),
+                arrival_s,
+                None if cancel_s is None else arrival_s + cancel_s,
             )
         )
     return result

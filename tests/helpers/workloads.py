@@ -14,6 +14,7 @@ from mock_engine.kv_blocks import KvBlocks
 from mock_engine.request import Request
 from mock_engine.scheduler_config import SchedulerConfig
 from mock_engine.sequence import SequenceState, Status
+from mock_engine.speculation import Speculation
 from mock_engine.step import StepLoad
 from mock_engine.step_times import StepTimes
 from mock_engine.timing import StepJitter
@@ -35,7 +36,7 @@ class Arrival:
 def step_s(load: StepLoad) -> float:
     """A made-up but sane step time: grows with everything."""
     prefill = sum(1e-4 * chunk.new_tokens + 1e-6 * chunk.past_tokens for chunk in load.prefill_chunks)
-    return 5e-3 + prefill + 1e-5 * load.decode_batch_size + 1e-7 * load.context_tokens
+    return 5e-3 + prefill + 1e-5 * (load.decode_batch_size + load.num_draft_tokens) + 1e-7 * load.context_tokens
 
 
 TICK_S = 2.0**-8
@@ -60,6 +61,15 @@ class MadeUpTiming:
         return True
 
 
+speculations = st.builds(
+    Speculation,
+    num_tokens=st.integers(1, 6),
+    acceptance_rate=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
+    draft_cost=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 3),
+)
+
+
 @st.composite
 def workloads(draw: st.DrawFn, max_requests: int = 14, with_cancels: bool = True) -> list[Arrival]:
     """Arrivals with shared prefixes, sorted by step."""
@@ -75,7 +85,7 @@ def workloads(draw: st.DrawFn, max_requests: int = 14, with_cancels: bool = True
         cancels = with_cancels and draw(st.booleans())
         arrivals.append(
             Arrival(
-                Request(f"r{number}", isl, osl, hashes),
+                Request(f"r{number}", isl, osl, hashes, priority=draw(st.integers(-1, 1))),
                 at_step,
                 at_step + draw(st.integers(0, 30)) if cancels else None,
                 draw(st.booleans()),
@@ -94,9 +104,15 @@ def make_core(
     timing: Callable[[StepLoad], float] = step_s,
     is_async: bool = False,
     engine_type: str = "vllm",
+    speculation: Speculation | None = None,
+    scheduling_policy: str = "fcfs",
 ) -> Core:
-    """A small core; `num_blocks` must hold one sequence of MAX_MODEL_LEN."""
-    config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, MAX_MODEL_LEN, enable_chunked_prefill)
+    """A small core; `num_blocks` must hold one sequence of MAX_MODEL_LEN. Draft tokens may lower `max_num_seqs`."""
+    if speculation is not None:
+        max_num_seqs = min(max_num_seqs, max_num_batched_tokens // (1 + speculation.num_tokens))
+    config = SchedulerConfig(
+        max_num_seqs, max_num_batched_tokens, MAX_MODEL_LEN, enable_chunked_prefill, speculation, scheduling_policy
+    )
     times = StepTimes(MadeUpTiming(timing), StepJitter(jitter, seed=1))
     blocks = KvBlocks(num_blocks, BLOCK_SIZE, enable_prefix_caching)
     return Core(ENGINE_TYPES[engine_type](config, blocks), times, is_async)
