@@ -47,8 +47,8 @@ class BucketCounts:
         array = np.asarray(values, dtype=np.float64)
         if not len(array):
             return
-        places = np.searchsorted(self._edges_array, array)
-        for place, number in zip(*(part.tolist() for part in np.unique(places, return_counts=True)), strict=True):
+        numbers = np.bincount(np.searchsorted(self._edges_array, array)).tolist()
+        for place, number in enumerate(numbers):
             self._counts[place] += number
         self.sum += float(array.sum())
 
