@@ -41,10 +41,17 @@ def bench(
     with fleet:
         print_plain(console, f"{fleet.model} answers at {fleet.url}: {fleet.engine.profile.name}")
         ready_unix_s = time.time()
-        command = load.aiperf_command(fleet.model, fleet.url, folder / "aiperf")
+        dcgm_urls = list(fleet.dcgm_urls.values())
+        command = load.aiperf_command(
+            fleet.model,
+            fleet.url,
+            folder / "aiperf",
+            metrics_urls=list(fleet.metrics_urls.values()),
+            dcgm_urls=dcgm_urls,
+        )
         print_plain(console, shlex.join(["aiperf", *command[1:]]))
         cache_folder = folder / "engine" / "tokenizer-cache"
-        environment = aiperf_environment(settings.worker.model_path, cache_folder)
+        environment = aiperf_environment(settings.worker.model_path, cache_folder, dcgm_urls)
         status = run_aiperf(command, environment, lambda: _check(fleet))
     for temporary in (cache_folder, folder / "engine" / "discovery"):
         shutil.rmtree(temporary, ignore_errors=True)

@@ -34,7 +34,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from mock_engine.core import Core, Token
+from mock_engine.core import Core, Step, Token
 from mock_engine.lateness import LatenessHistogram
 from mock_engine.request import Request
 from mock_engine.sequence import SequenceState
@@ -73,6 +73,8 @@ class Stream:
         self.is_cancelled = False
         self.is_let_go = False  # its consumer has gone
         self.on_cancelled: Callable[[], object] | None = None  # called on the drive's loop
+        self.started_s: list[float | None] = [None] * len(sequences)  # when each was first taken into a step
+        self.on_started: Callable[[], None] = lambda: None  # called at the first of them
         self.due_s: list[list[float]] = [[] for _ in sequences]
         self.sent_s: list[list[float]] = [[] for _ in sequences]
 
@@ -124,6 +126,8 @@ class RealTimeDrive:
         self.streams: dict[SequenceState, Stream] = {}
         # Called when the core has changed and nobody else can change it: after each half of a step, and after a cancel.
         self.on_change: Callable[[], None] = lambda: None
+        # Called when a step is over, with it and the model's time.
+        self.on_step: Callable[[Step, float], None] = lambda _step, _end_s: None
         self._clock = clock
         self._speedup_ratio = speedup_ratio
         self._model_now_s = 0.0  # end of the last step; the only clock there is when speedup_ratio is 0
@@ -165,6 +169,11 @@ class RealTimeDrive:
     def num_waiting(self) -> int:
         """Requests that are not in the batch. (Read without the lock: near enough.)"""
         return max(0, len(self.streams) - self.core.scheduler.num_running)
+
+    @property
+    def speedup_ratio(self) -> float:
+        """Model seconds per real second; 0 if nothing is paced."""
+        return self._speedup_ratio
 
     def now_s(self) -> float:
         """The model's time."""
@@ -331,6 +340,7 @@ class RealTimeDrive:
             if step is None:
                 await self._wait_for_arrival()
                 continue
+            self._note_started(step)
             end_s = self._model_now_s + step.seconds
             if self._speedup_ratio == 0:
                 await asyncio.sleep(0)
@@ -343,7 +353,17 @@ class RealTimeDrive:
                 # All are due now, and a host takes a while to send them: a delay shows in TTFT as it is, in ITL hardly.
                 for token in sorted(tokens, key=_is_later_token):
                     self._deliver(token)
+            self.on_step(step, end_s)
             self._reap()
+
+    def _note_started(self, step: Step) -> None:
+        for sequence, _ in step.schedule.prefills:
+            stream = self.streams.get(sequence)  # none if it has been cancelled just now
+            if stream is not None and stream.started_s[sequence.request.choice] is None:
+                is_first = not any(started_s is not None for started_s in stream.started_s)
+                stream.started_s[sequence.request.choice] = self._model_now_s
+                if is_first:
+                    stream.on_started()
 
     def _deliver(self, token: Token) -> None:
         stream = self.streams[token.sequence]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -44,9 +44,11 @@ __all__ = [
     "InvalidArgument",
     "LLMEngine",
     "WorkerConfig",
+    "add_metrics",
     "component_snapshot",
     "dynamo_version",
     "engine_config",
+    "health_check_payload",
     "list_of_token_ids",
     "push_source",
     "run_backend",
@@ -107,6 +109,31 @@ def component_snapshot(dp_rank: int, num_used_blocks: int, num_blocks: int, hit_
         dp_rank=dp_rank,
         kv_cache_hit_rate=hit_rate,
     )
+
+
+def health_check_payload(token_id: int) -> dict[str, Any] | None:
+    """
+    What Dynamo is to send as its health check: a prompt of that token, to be answered with one, and its marker.
+
+    DYN_HEALTH_CHECK_PAYLOAD goes before. None for 1.2, which never asks.
+    """
+    try:
+        health_check = import_module(f"{_backend.__name__}.health_check")
+    except ModuleNotFoundError:
+        return None
+    payload: dict[str, Any] = health_check.build_health_check_payload(token_id)
+    return payload
+
+
+def add_metrics(metrics: Any, text: Callable[[], str], add_labels: Callable[[Mapping[str, str]], None]) -> None:
+    """
+    Let what `text` gives be a part of the worker's /metrics; it is called on any thread.
+
+    `add_labels` gets the labels that Dynamo puts onto its own metrics (namespace, component, endpoint, worker).
+    `metrics` is what `register_prometheus` is given; it is not kept.
+    """
+    add_labels(dict(metrics.auto_labels))
+    metrics.register_prometheus_expfmt_callback(text)
 
 
 def list_of_token_ids(token_ids: Any) -> list[int]:

@@ -127,6 +127,7 @@ class Engine:
     scheduler: SchedulerConfig
     block_size: int
     num_blocks: int
+    engine_type: str = "vllm"  # whose scheduler it has, and whose names its metrics
 
 
 def build_engine(settings: EngineSettings, on_unmeasured: Callable[[StepLoad], None] = lambda _: None) -> Engine:
@@ -178,9 +179,9 @@ def make_engine(settings: EngineSettings, profile: Profile, times: StepTimes) ->
         scheduling_policy=settings.scheduling_policy,
     )
     is_async = profile.async_scheduling if settings.async_scheduling is None else settings.async_scheduling
-    scheduler_type = ENGINE_TYPES.get(settings.engine_type or profile.engine, VllmScheduler)
-    scheduler = scheduler_type(config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
-    return Engine(Core(scheduler, times, is_async), profile, config, block_size, num_blocks)
+    engine_type = settings.engine_type or (profile.engine if profile.engine in ENGINE_TYPES else "vllm")
+    scheduler = ENGINE_TYPES[engine_type](config, KvBlocks(num_blocks, block_size, settings.enable_prefix_caching))
+    return Engine(Core(scheduler, times, is_async), profile, config, block_size, num_blocks, engine_type)
 
 
 def flag_of(name: str) -> str:

@@ -148,6 +148,10 @@ def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--record", type=Path, metavar="DIR", help="write timeline.jsonl and requests.jsonl there")
     group.add_argument("--status", type=Path, metavar="FILE", help="keep the engine's latest state there, as JSON")
     group.add_argument(
+        "--dcgm-port", type=int, metavar="PORT", help="show the GPUs as a dcgm-exporter does (default: not at all)"
+    )
+    group.add_argument("--dcgm-host", default="127.0.0.1", help="address that listens on (%(default)s)")
+    group.add_argument(
         "--disaggregation-mode",
         default=ROLES[0],
         metavar=f"{{{','.join(ROLES)}}}",

@@ -24,7 +24,7 @@ from typing import Self
 from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import ConfigError, ProcessError
 from mock_engine.planes import Planes
-from mock_engine.processes import Part, Parts, free_port, http_json, last_words
+from mock_engine.processes import Part, Parts, free_port, free_ports, http_json, last_words
 from mock_engine.recorder import TimelineRow, read_status
 from mock_engine.roles import check_num_workers, num_workers_by_role
 from mock_engine.router_settings import RouterSettings
@@ -121,6 +121,8 @@ class Fleet:
         self.namespace = f"mock-engine-{secrets.token_hex(4)}"  # Dynamo's; nobody else has it
         if not settings.planes.is_shared:
             self.namespace = os.environ.get("DYN_NAMESPACE") or "dynamo"
+        ports = free_ports(2 * len(settings.roles))
+        self._system_ports, self._dcgm_ports = ports[::2], ports[1::2]
         self._parts = Parts(folder)
         self._is_recorded = is_recorded
 
@@ -129,6 +131,19 @@ class Fleet:
         """Where clients connect."""
         host = "127.0.0.1" if self.settings.host in ("0.0.0.0", "::") else self.settings.host
         return f"http://{host}:{self.port}"
+
+    @property
+    def metrics_urls(self) -> dict[str, str]:
+        """Where Prometheus finds what each part has to say, by its name."""
+        workers = zip(self.settings.worker_names, self._system_ports, strict=True)
+        return {"frontend": f"{self.url}/metrics", **{name: _metrics_url(port) for name, port in workers}}
+
+    @property
+    def dcgm_urls(self) -> dict[str, str]:
+        """Where it finds the GPUs of each worker, as dcgm-exporter shows them."""
+        return {
+            name: _metrics_url(port) for name, port in zip(self.settings.worker_names, self._dcgm_ports, strict=True)
+        }
 
     def record_folder(self, worker: int) -> Path:
         """Where that worker records."""
@@ -167,7 +182,8 @@ class Fleet:
         environment = self._environment()
         self._parts.spawn("frontend", self._frontend_arguments(), environment)
         for worker, name in enumerate(self.settings.worker_names):
-            self._parts.spawn(name, self._worker_arguments(worker), environment)
+            system = {"DYN_SYSTEM_HOST": "127.0.0.1", "DYN_SYSTEM_PORT": str(self._system_ports[worker])}
+            self._parts.spawn(name, self._worker_arguments(worker), environment | system)
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -190,6 +206,7 @@ class Fleet:
         record = self.record_folder(worker) if self._is_recorded else None
         role = self.settings.roles[worker]
         settings = self.settings.worker_settings(role, self.model, record, self._status_path(worker))
+        settings = replace(settings, dcgm_port=self._dcgm_ports[worker])
         return ["-m", "mock_engine", "worker", *settings.to_argv(), *self.settings.planes.to_argv()]
 
     def _wait_until_it_answers(self) -> None:
@@ -223,3 +240,7 @@ class Fleet:
 
     def _status_path(self, worker: int) -> Path:
         return self.folder / f"{self.settings.worker_names[worker]}.status.json"
+
+
+def _metrics_url(port: int) -> str:
+    return f"http://127.0.0.1:{port}/metrics"

@@ -25,12 +25,21 @@ class LiveRequest:
     """The choices of one prompt, which live and die together."""
 
     def __init__(
-        self, request_id: str, answers: Sequence[Answer], stream: Stream, num_cached_tokens: int | None = None
+        self,
+        request_id: str,
+        answers: Sequence[Answer],
+        stream: Stream,
+        num_cached_tokens: int | None = None,
+        max_tokens: int | None = None,
+        is_probe: bool = False,
     ) -> None:
         self.request_id = request_id
         self.answers = answers
         self.stream = stream
         self._num_cached_tokens = num_cached_tokens  # of a prompt that was computed elsewhere
+        self.max_tokens = max_tokens  # what the client asked for
+        self.is_probe = is_probe  # asked by Dynamo's health check, and of no interest to anybody else
+        self.is_closed = False  # nothing of it goes out any more
         self.num_sent = 0  # tokens, over all choices
         self._num_left = len(answers)
         self._arrival_unix_s = time.time()
@@ -93,8 +102,15 @@ class LiveRequest:
             }
         return usage
 
+    def finish_reasons(self) -> list[str]:
+        """Why each choice has ended. One without all its tokens was cancelled."""
+        return [
+            answer.finish_reason if len(sent_s) == len(answer.token_ids) else "cancelled"
+            for sent_s, answer in zip(self.stream.sent_s, self.answers, strict=True)
+        ]
+
     def rows(self) -> list[RequestRow]:
-        """What there is to be recorded, one row a choice. A choice without all its tokens was cancelled."""
+        """What there is to be recorded, one row a choice."""
         stream = self.stream
         return [
             RequestRow(
@@ -106,10 +122,10 @@ class LiveRequest:
                 sequence.request.osl_tokens,
                 sequence.num_cached_tokens or 0,
                 sequence.num_preemptions,
-                answer.finish_reason if len(stream.sent_s[choice]) == len(answer.token_ids) else "cancelled",
+                reason,
                 [round(due_s, 6) for due_s in stream.due_s[choice]],
                 [round(sent_s, 6) for sent_s in stream.sent_s[choice]],
                 stream.drive.dp_rank,
             )
-            for choice, (sequence, answer) in enumerate(zip(stream.sequences, self.answers, strict=True))
+            for choice, (sequence, reason) in enumerate(zip(stream.sequences, self.finish_reasons(), strict=True))
         ]

@@ -19,6 +19,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from mock_engine.core import Token
+from mock_engine.dcgm import DcgmCollector, DcgmServer
 from mock_engine.drive_realtime import RealTimeDrive, Stream
 from mock_engine.dynamo_release import (
     HAS_DRAIN,
@@ -28,15 +29,19 @@ from mock_engine.dynamo_release import (
     InvalidArgument,
     LLMEngine,
     WorkerConfig,
+    add_metrics,
     component_snapshot,
     engine_config,
+    health_check_payload,
     list_of_token_ids,
     push_source,
     worker_namespace,
 )
 from mock_engine.engine_settings import Engine, build_engines
 from mock_engine.errors import MockEngineError, RequestError
+from mock_engine.exposition import EngineCollector
 from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_worker_flags
+from mock_engine.handoff import is_probe
 from mock_engine.kv_feed import KvFeed, KvLoad
 from mock_engine.live_request import LiveRequest
 from mock_engine.output_tokens import OutputTokens
@@ -45,6 +50,7 @@ from mock_engine.rank_choice import choose_rank
 from mock_engine.realtime_clock import RealTimeClock
 from mock_engine.recorder import Recorder
 from mock_engine.recording import INTERVAL_S, Recording
+from mock_engine.request_spans import NO_SPANS, is_traced, start_spans
 from mock_engine.step import StepLoad
 from mock_engine.worker_roles import AggregatedRole, make_role
 from mock_engine.worker_settings import WorkerSettings
@@ -64,8 +70,10 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         self._drives: list[RealTimeDrive] = []  # one for each data-parallel rank; none before `start`
         self._kv_feed: KvFeed | None = None
         self._recording: Recording | None = None
+        self._dcgm: DcgmServer | None = None
         self._open: dict[Stream, LiveRequest] = {}  # `_close` changes it on any thread
         self._is_stopped = False
+        self._is_traced = is_traced()
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> tuple[MockLLMEngine, Any]:
@@ -111,18 +119,23 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             if settings.record is not None or settings.status is not None:
                 recorder = Recorder(settings.record, settings.status)
                 self._recording = Recording(recorder, self._drives, self._num_open)
+            if settings.dcgm_port is not None:
+                gpus = DcgmCollector(engine, self._metrics.stats.steps, self._drives, f"{worker_id:x}")
+                self._dcgm = DcgmServer(gpus, settings.dcgm_host, settings.dcgm_port)
         except MockEngineError as error:
             raise EngineShutdown(str(error)) from error
         feed = self._kv_feed = KvFeed(engine.block_size, [each.core.scheduler for each in self._engines])
         for rank, each in enumerate(self._engines):
             drive = RealTimeDrive(each.core, RealTimeClock(), settings.engine.speedup_ratio, rank)
             drive.on_change = partial(feed.note_load, rank)
+            drive.on_step = self._metrics.stats.ranks[rank].steps.add
             self._drives.append(drive)
             drive.start()
         try:
             await self._role.start(self._drives, worker_id)
         except MockEngineError as error:
             raise EngineShutdown(str(error)) from error
+        self._metrics.watch(self._drives, lambda: self._open.copy().values())
         if self._recording is not None:
             self._recording.start()
         logger.info(
@@ -172,21 +185,27 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         `EngineShutdown` when the engine is not running.
         """
         live = self._admit(request, context)
+        spans = start_spans(context) if self._is_traced else NO_SPANS
+        live.stream.on_started = spans.started
         try:
             while not live.is_ended:
                 tokens = await _next_tokens(live.stream)
                 if not tokens or context.is_stopped():
                     live.cancel()
+                    spans.ended(live)
                     if self._is_stopped and not context.is_stopped():
                         raise EngineShutdown("the worker stops before the answer is whole")
                     logger.debug("request %s cancelled", live.request_id)
                     yield live.cancelled_chunk()
                     return
-                for chunk in live.chunks(tokens):
+                chunks = live.chunks(tokens)
+                spans.sent(live)
+                for chunk in chunks:
                     if "finish_reason" in chunk:
                         chunk.update(self._role.terminal_of(live.stream))
                     yield chunk
         finally:
+            spans.ended(live)
             self._close(live)
 
     async def abort(self, context: Any) -> None:
@@ -215,6 +234,17 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         recording, self._recording = self._recording, None
         if recording is not None:
             await recording.stop()
+        dcgm, self._dcgm = self._dcgm, None
+        if dcgm is not None:
+            dcgm.stop()
+
+    async def register_prometheus(self, metrics: Any) -> None:
+        """Show our metrics on the worker's /metrics (DYN_SYSTEM_PORT). From ai-dynamo 1.3 on, once, after `start`."""
+        add_metrics(metrics, self._metrics.text, self._metrics.add_labels)
+
+    async def health_check_payload(self) -> dict[str, Any] | None:
+        """A request of one token, for Dynamo to send when nobody else does (DYN_HEALTH_CHECK_ENABLED)."""
+        return health_check_payload(self._planner.output_tokens.word_ids[0])
 
     async def is_quiescent(self) -> bool:
         """
@@ -256,6 +286,10 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         return self._engines[0]
 
     @cached_property
+    def _metrics(self) -> EngineCollector:
+        return EngineCollector(self._engine, self.settings.engine, self.served_model_name, len(self._engines))
+
+    @cached_property
     def _planner(self) -> Planner:
         return Planner(
             OutputTokens.from_model_path(self.settings.model_path),
@@ -280,7 +314,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         except RuntimeError as error:
             raise EngineShutdown(str(error)) from error
         num_cached_tokens = None if handoff is None else handoff.num_cached_tokens
-        live = LiveRequest(request_id, answers, stream, num_cached_tokens)
+        live = LiveRequest(request_id, answers, stream, num_cached_tokens, _max_tokens(request), is_probe(request))
         self._open[stream] = live
         return live
 
@@ -288,9 +322,11 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         """Synchronous, and safe on any thread: a dropped stream is finalized where it is dropped."""
         live.cancel()
         self._role.let_go(live.stream)
+        live.is_closed = True
         self._open.pop(live.stream, None)
+        self._metrics.stats.add_closed(live)
         recording = self._recording
-        if recording is not None:
+        if recording is not None and not live.is_probe:
             recording.add(live)
 
     def _num_open(self) -> int:
@@ -337,6 +373,11 @@ class _Probe:
             "kv_blocks": sum(scheduler.blocks.num_used for scheduler in schedulers)
             - sum(drive.num_kept_blocks for drive in drives),
         }
+
+
+def _max_tokens(request: Mapping[str, Any]) -> int | None:
+    max_tokens: int | None = (request.get("stop_conditions") or {}).get("max_tokens")
+    return max_tokens
 
 
 async def _next_tokens(stream: Stream) -> list[Token]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,12 @@ _MIN_WORKERS = 4
 TOKENIZER_NAME = "mock-engine/tokenizer"
 
 
-def aiperf_environment(model_path: Path, cache_folder: Path) -> dict[str, str]:
+def aiperf_environment(model_path: Path, cache_folder: Path, dcgm_urls: Sequence[str] = ()) -> dict[str, str]:
     """
     The environment for AIPerf: `cache_folder` becomes a Hugging Face cache that holds `model_path` as `TOKENIZER_NAME`.
+
+    `dcgm_urls` take the place of the endpoints (localhost:9400 and 9401) that AIPerf 0.13.0 looks for beside those it
+    is told of, and warns about.
 
     AIPerf 0.13.0 takes a plain folder for a tokenizer too, but not where it decodes in parallel, as it does
     for traces: there it goes offline, and looks only into the cache.
@@ -44,6 +48,7 @@ def aiperf_environment(model_path: Path, cache_folder: Path) -> dict[str, str]:
         "HF_HUB_CACHE": str(cache_folder.resolve()),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
+        **({"AIPERF_GPU_DEFAULT_DCGM_ENDPOINTS": ",".join(dcgm_urls)} if dcgm_urls else {}),
     }
 
 
@@ -66,15 +71,21 @@ class Load(LoadFlags):
         artifact_folder: Path,
         tokenizer: str = TOKENIZER_NAME,
         endpoint_type: str = "chat",
+        metrics_urls: Sequence[str] = (),
+        dcgm_urls: Sequence[str] = (),
     ) -> list[str]:
         """
         `aiperf profile ...`; results go to `artifact_folder`. With our own tokenizer, it is to be run with
-        `aiperf_environment`.
+        `aiperf_environment`. It reads the metrics at the URLs while it runs, unless our own flags for AIPerf say which.
         """
         aiperf = Path(sys.executable).with_name("aiperf")
         command = [str(aiperf), "profile", "--model", model, "--url", url, "--tokenizer", tokenizer]
         command += ["--endpoint-type", endpoint_type, "--streaming", "--artifact-dir", str(artifact_folder)]
-        command += ["--ui", "simple" if sys.stderr.isatty() else "none", "--no-gpu-telemetry"]
+        command += ["--ui", "simple" if sys.stderr.isatty() else "none"]
+        if not {"--gpu-telemetry", "--no-gpu-telemetry"}.intersection(self.aiperf_flags):
+            command += ["--gpu-telemetry", *dcgm_urls] if dcgm_urls else ["--no-gpu-telemetry"]
+        if metrics_urls and not {"--server-metrics", "--no-server-metrics"}.intersection(self.aiperf_flags):
+            command += ["--server-metrics", *metrics_urls]
         # Our engine ends at an eos token now and then, as a model does; a benchmark wants the lengths it asked for.
         command += ["--extra-inputs", "ignore_eos:true"]
         if _WORKERS not in self.aiperf_flags and (os.cpu_count() or 1) < 2 * _MIN_WORKERS:

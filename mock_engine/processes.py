@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -34,6 +35,7 @@ from mock_engine.parent_death import die_with_parent
 
 _STOP_TIMEOUT_S = 10.0
 _LOG_TAIL_LINES = 8
+_PORTS = range(16_384, 32_768)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,27 @@ def free_port(host: str, port: int) -> int:
                 f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port; 0 takes any free one."
             ) from error
         return int(probe.getsockname()[1])
+
+
+def free_ports(number: int) -> list[int]:
+    """
+    So many different ports of 127.0.0.1 that nobody listens on now. Raises `ConfigError` if there are too few.
+
+    Below 32,768, where the kernel never takes one for a connection of its own; and Dynamo (to 1.6.1) reads
+    DYN_SYSTEM_PORT as a signed 16-bit number.
+    """
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        for port in random.sample(_PORTS, len(_PORTS)):
+            if len(found) == number:
+                break
+            probe = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+    if len(found) < number:
+        raise ConfigError(f"only {len(found)} of 127.0.0.1's ports {_PORTS} are free, and {number} are needed")
+    return found
 
 
 def _how_it_ended(status: int) -> str:

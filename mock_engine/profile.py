@@ -125,6 +125,12 @@ class Profile:
         """Data-sheet times for this model on these GPUs."""
         return Roofline(self.shape, self.datasheet, self.tp, WEIGHT_BYTES[self.dtype], self.kv_cache_dtype)
 
+    def used_bytes(self, num_blocks: int, block_size: int) -> float:
+        """What an engine with so many KV blocks takes of each GPU's memory: weights, blocks, and 1.24 GB besides."""
+        weights_bytes = self.shape.num_params * WEIGHT_BYTES[self.dtype] / self.tp
+        kv_bytes = num_blocks * block_size * self.shape.kv_bytes_per_token_on_each(self.tp, self.kv_cache_dtype)
+        return weights_bytes + kv_bytes + RESERVED_BYTES
+
     def total_kv_blocks(self, gpu_memory_utilization: float = 0.9) -> int:
         """
         KV blocks of `block_size` tokens: what the engine reported at this utilization, else

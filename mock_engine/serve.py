@@ -80,6 +80,8 @@ def describe(fleet: Fleet) -> dict[str, Any]:
         "speedup_ratio": fleet.settings.worker.engine.speedup_ratio,
         "planes": asdict(fleet.settings.planes),
         "namespace": fleet.namespace,
+        "metrics_urls": fleet.metrics_urls,
+        "dcgm_urls": fleet.dcgm_urls,
         "pids": {"serve": os.getpid(), **{part.name: part.process.pid for part in fleet.parts}},
     }
 
@@ -120,15 +122,17 @@ def print_welcome(fleet: Fleet, console: Console) -> None:
             f"{facts['max_num_batched_tokens']:,} tokens a step"
         ),
         "tokenizer": facts["tokenizer"],
+        "metrics": ", ".join(fleet.metrics_urls.values()),
+        "GPU metrics": ", ".join(fleet.dcgm_urls.values()),
     }
     if facts["speedup_ratio"] != 1:
         rows["speedup"] = "as fast as it can" if facts["speedup_ratio"] == 0 else f"{facts['speedup_ratio']:g} times"
     if fleet.settings.planes.is_shared:
         rows["namespace"] = fleet.namespace
     for name, value in rows.items():
-        print_plain(console, f"{name:<11}{value}")
-    print_plain(console, f"\ntry        {curl_command(fleet)}")
-    print_plain(console, f"\nbenchmark  {aiperf_command(fleet)}\n")
+        print_plain(console, f"{name:<12}{value}")
+    print_plain(console, f"\ntry         {curl_command(fleet)}")
+    print_plain(console, f"\nbenchmark   {aiperf_command(fleet)}\n")
 
 
 def print_plain(console: Console, text: str) -> None:

@@ -32,8 +32,12 @@ class WorkerSettings:
     enable_kv_routing: bool | None = None  # these and loads are published at all; the same default
     record: Path | None = None  # folder of a recording
     status: Path | None = None  # file that has the latest state
+    dcgm_port: int | None = None  # of an endpoint with the GPUs' metrics; 0: any free one
+    dcgm_host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
+        if self.dcgm_port is not None and not 0 <= self.dcgm_port <= 65_535:
+            raise ConfigError(f"--dcgm-port is {self.dcgm_port}; it must be 1 to 65535, or 0 for any free one")
         find_tokenizer(self.model_path)
         check_data_parallel_size(self.data_parallel_size)
         if self.disaggregation_mode not in ROLES:
