@@ -59,7 +59,11 @@ class RankStats:
         queries = scheduler.num_prefix_queries_tokens - self.probe_tokens
         hits = scheduler.num_prefix_hits_tokens
         num_ended = self.ended_by_reason.total()
+        drafts = scheduler.speculation_counts
         return {
+            "num_drafts": drafts.num_drafts if drafts else 0,
+            "num_draft_tokens": drafts.num_draft_tokens if drafts else 0,
+            "num_accepted_tokens": drafts.num_accepted_tokens if drafts else 0,
             "num_running": scheduler.num_running,
             "num_waiting": drive.num_waiting,
             "kv_usage": blocks.num_used / blocks.num_blocks,
@@ -80,9 +84,14 @@ class RankStats:
             "num_probes": self.num_probes,
         }
 
-    def labelled(self, series: str) -> dict[str, float]:
+    def labelled(self, series: str, drive: RealTimeDrive) -> dict[str, float]:
         """A counter with a value for each of another label's values."""
-        return dict({"ended_by_reason": self.ended_by_reason}[series])
+        if series == "ended_by_reason":
+            return dict(self.ended_by_reason)
+        assert series == "accepted_by_position"
+        counts = drive.core.scheduler.speculation_counts
+        accepted = [] if counts is None else counts.num_accepted_tokens_per_pos
+        return {str(position): number for position, number in enumerate(accepted)}
 
     def fold(self, live: LiveRequest) -> None:
         """Count the tokens that it has sent since the last time."""

@@ -35,7 +35,14 @@ class EngineCollector(Collector):
 
     def __init__(self, engine: Engine, settings: EngineSettings, model: str, num_ranks: int = 1) -> None:
         self._tables = (
-            (LABELS[engine.engine_type], metrics_of(engine.engine_type, engine.scheduler.max_model_len)),
+            (
+                LABELS[engine.engine_type],
+                metrics_of(
+                    engine.engine_type,
+                    engine.scheduler.max_model_len,
+                    engine.core.scheduler.speculation_counts is not None,
+                ),
+            ),
             (OWN_LABELS, own_metrics()),
         )
         all_metrics = [metric for _, metrics in self._tables for metric in metrics]
@@ -65,7 +72,7 @@ class EngineCollector(Collector):
                 family = _family(metric, labels, self._labels)
                 for number, (rank, values) in enumerate(ranks):
                     own = [*self._labels.values(), *labels.fixed.values(), str(number), self._model]
-                    _add(family, metric, rank, values, own)
+                    _add(family, metric, rank, values, own, self._drives[number])
                 yield family
                 time.sleep(0)  # see the module
         yield from self._infos()
@@ -119,13 +126,20 @@ def _family(metric: Metric, labels: EngineLabels, extra_labels: Mapping[str, str
     )
 
 
-def _add(family: Family, metric: Metric, rank: RankStats, values: Mapping[str, float], labels: Sequence[str]) -> None:
+def _add(
+    family: Family,
+    metric: Metric,
+    rank: RankStats,
+    values: Mapping[str, float],
+    labels: Sequence[str],
+    drive: RealTimeDrive,
+) -> None:
     """The samples of one rank."""
     if isinstance(family, HistogramMetricFamily):
         counts = rank.histograms[metric.series]
         family.add_metric(labels, buckets=counts.cumulative(), sum_value=counts.sum)
     elif isinstance(family, CounterMetricFamily) and metric.label is not None:
-        for value, number in rank.labelled(metric.series).items():
+        for value, number in rank.labelled(metric.series, drive).items():
             family.add_metric([*labels, value], number)
     elif isinstance(family, CounterMetricFamily | GaugeMetricFamily):
         family.add_metric(labels, values[metric.series])

@@ -49,8 +49,11 @@ class GpuWork:
             prompt_tokens += new_tokens
             kv_tokens += new_tokens + past_tokens
             pairs += new_tokens * past_tokens + new_tokens * (new_tokens + 1) / 2
-        tokens = prompt_tokens + load.decode_batch_size
-        sequences = len(load.prefill_chunks) + load.decode_batch_size
+        verified = load.decode_batch_size + load.num_draft_tokens  # the model looks at draft tokens as at its own
+        tokens = prompt_tokens + verified
+        sequences = len(load.prefill_chunks) + verified
+        if load.num_draft_tokens:
+            pairs += load.context_tokens * load.num_draft_tokens / load.decode_batch_size
         dram_bytes = self._dense_bytes + (kv_tokens + load.context_tokens) * self._kv_bytes
         if self._expert_bytes:
             dram_bytes += self._expert_bytes * (1 - self._untouched_per_token**tokens)

@@ -86,9 +86,14 @@ LABELS = {
 OWN_LABELS = EngineLabels()
 
 
-def metrics_of(engine_type: str, max_model_len: int) -> list[Metric]:
-    """The metrics that an engine of that type shows. Token counts have buckets up to the context length."""
-    return {"vllm": _vllm, "sglang": _sglang, "trtllm": _trtllm}[engine_type](max_model_len)
+def metrics_of(engine_type: str, max_model_len: int, has_drafts: bool = False) -> list[Metric]:
+    """
+    The metrics that an engine of that type shows. Token counts have buckets up to the context length.
+
+    As in vLLM, draft tokens have metrics only where there are any (`has_drafts`).
+    """
+    metrics = {"vllm": _vllm, "sglang": _sglang, "trtllm": _trtllm}[engine_type](max_model_len)
+    return metrics + _VLLM_DRAFTS if has_drafts and engine_type == "vllm" else metrics
 
 
 def own_metrics() -> list[Metric]:
@@ -230,6 +235,22 @@ def _vllm(max_model_len: int) -> list[Metric]:
             "vllm:request_decode_time_seconds", "histogram", "decode_s", "Histogram of time in DECODE phase.", REQUEST_S
         ),
     ]
+
+
+_VLLM_DRAFTS = [
+    Metric("vllm:spec_decode_num_drafts_total", "counter", "num_drafts", "Number of spec decoding drafts."),
+    Metric("vllm:spec_decode_num_draft_tokens_total", "counter", "num_draft_tokens", "Number of draft tokens."),
+    Metric(
+        "vllm:spec_decode_num_accepted_tokens_total", "counter", "num_accepted_tokens", "Number of accepted tokens."
+    ),
+    Metric(
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+        "counter",
+        "accepted_by_position",
+        "Accepted tokens per draft position.",
+        label="position",
+    ),
+]
 
 
 def _sglang(max_model_len: int) -> list[Metric]:

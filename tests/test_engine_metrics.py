@@ -279,6 +279,23 @@ def test_dynamos_health_check_is_answered_and_counted_nowhere_else():
     run(main())
 
 
+def test_draft_tokens_are_counted_where_there_are_any():
+    async def main():
+        engine, scrape = await started("--num-speculative-tokens", "3")
+        await BridgeStream(engine, request_of(20, 40), RequestContext("r")).read_all()
+        samples = scrape()
+        await engine.cleanup()
+        counts = engine._drives[0].core.scheduler.speculation_counts
+        assert samples["vllm:spec_decode_num_drafts_total"] == counts.num_drafts > 0
+        assert samples["vllm:spec_decode_num_draft_tokens_total"] == counts.num_draft_tokens
+        accepted = samples.by("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position")
+        assert accepted == {str(i): number for i, number in enumerate(counts.num_accepted_tokens_per_pos)}
+        assert samples["vllm:spec_decode_num_accepted_tokens_total"] == sum(accepted.values())
+        assert samples["vllm:generation_tokens_total"] == 40
+
+    run(main())
+
+
 def make_closed(drive, tokens_at):
     """A request that has sent all its tokens, at those times."""
     request = Request("r", 10, len(tokens_at))
