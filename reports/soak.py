@@ -243,7 +243,7 @@ def verdicts(soak: Soak) -> list[tuple[str, bool, str]]:
 def report(soak: Soak, minutes: float, picture: Path | None) -> str:
     """The page."""
     lines = [
-        "# Half an hour of everything",
+        f"# {minutes:g} minutes of everything",
         "",
         f"    python {shlex.join(['reports/soak.py', '--minutes', f'{minutes:g}'])}",
         "",
