@@ -330,11 +330,15 @@ _EVENTS = st.one_of(
 )
 
 
-@given(events=st.lists(_EVENTS, max_size=25), engine_type=st.sampled_from(["vllm", "sglang", "trtllm"]))
+@given(
+    events=st.lists(_EVENTS, max_size=25),
+    engine_type=st.sampled_from(["vllm", "sglang", "trtllm"]),
+    more=st.sampled_from([(), ("--num-speculative-tokens", "2")]),
+)
 @settings(max_examples=120, deadline=None)
-def test_whatever_is_done_in_whatever_order_every_request_ends_and_every_block_comes_back(events, engine_type):
+def test_whatever_is_done_in_whatever_order_every_request_ends_and_every_block_comes_back(events, engine_type, more):
     async def main():
-        async with serving("--engine-type", engine_type) as engine:
+        async with serving("--engine-type", engine_type, *more) as engine:
             core = engine._drives[0].core
             open_: list[tuple[RequestContext, asyncio.Task]] = []
             last_s = 0.0
