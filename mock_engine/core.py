@@ -94,6 +94,14 @@ class Core:
         """Whoever arrived later than that is not in the next step, however much room there is."""
         return self._decided_s if self._is_async and self.is_busy else float("inf")
 
+    @property
+    def times(self) -> StepTimes:
+        return self._times
+
+    def interrupt(self) -> None:
+        """The next step does not follow the last one at once: whoever arrives before it is in it."""
+        self._is_idle = True
+
     def prepare(self, request: Request) -> SequenceState:
         """A sequence for `request`, not queued yet. Raises `RequestError` if it can never be served."""
         self.scheduler.check(request)

@@ -22,6 +22,12 @@ lock acts on it before going on.
 For a prompt that another worker has computed, `submit` comes in three parts: `prepare`, `want` the KV blocks for it,
 and `enqueue` once the KV cache is there. And where a request keeps its blocks, `on_kept` is told when it has ended;
 they come back with `give_back`, or at `stop`.
+
+What changes the engine from outside (`controls`) happens between two steps, as in a real one, whose GPU cannot
+be interrupted either:
+
+    await drive.between_steps(call)
+    await drive.set_paused(True)     no step begins until False; model time goes on, and no token is late by that
 """
 
 from __future__ import annotations
@@ -32,16 +38,19 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from mock_engine.core import Core, Step, Token
+from mock_engine.fault_injector import FaultInjector
 from mock_engine.lateness import LatenessHistogram
 from mock_engine.request import Request
 from mock_engine.sequence import SequenceState
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.02  # how often streams are asked whether their client has gone
+_POLL_S = 0.02  # how often streams are asked whether their client has gone, and idle engines look for faults
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -68,7 +77,9 @@ class Stream:
         self._ready: list[Token] = []
         self._waiter: asyncio.Future[None] | None = None
         self.sequences = sequences
-        self.arrival_s = self.queued_s = arrival_s
+        self.arrival_s = arrival_s
+        self.queued_s = arrival_s
+        self.timer: asyncio.TimerHandle | None = None  # runs where a fault delays it
         self.is_stopped = is_stopped
         self.is_cancelled = False
         self.is_let_go = False  # its consumer has gone
@@ -118,9 +129,17 @@ class RealTimeDrive:
     `cancel` can be called from anywhere.
     """
 
-    def __init__(self, core: Core, clock: Clock, speedup_ratio: float = 1.0, dp_rank: int = 0) -> None:
+    def __init__(
+        self,
+        core: Core,
+        clock: Clock,
+        speedup_ratio: float = 1.0,
+        dp_rank: int = 0,
+        faults: FaultInjector | None = None,
+    ) -> None:
         self.core = core
         self.dp_rank = dp_rank  # which of a worker's engines this is
+        self.profiler: Callable[[Step, float, float], None] | None = None  # told begin and end of each step
         self.lateness = LatenessHistogram()
         self.num_output_tokens = 0
         self.streams: dict[SequenceState, Stream] = {}
@@ -129,8 +148,12 @@ class RealTimeDrive:
         # Called when a step is over, with it and the model's time.
         self.on_step: Callable[[Step, float], None] = lambda _step, _end_s: None
         self._clock = clock
+        self._faults = faults if faults is not None else FaultInjector()
         self._speedup_ratio = speedup_ratio
         self._model_now_s = 0.0  # end of the last step; the only clock there is when speedup_ratio is 0
+        self._model_epoch_s = self._clock_epoch_s = 0.0  # the same moment: since then there is this speedup_ratio
+        self._calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._is_paused = False
         self._arrivals: deque[Stream] = deque()
         self._wanting: dict[Stream, Callable[[], None]] = {}  # who waits for blocks before it is queued
         self._kept: set[SequenceState] = set()  # ended, and their blocks are still taken
@@ -154,6 +177,7 @@ class RealTimeDrive:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._refuse_calls("the engine has been stopped")
         for stream in set(self.streams.values()):
             self.cancel(stream)
         for sequence in tuple(self._kept):
@@ -179,7 +203,7 @@ class RealTimeDrive:
         """The model's time."""
         if self._speedup_ratio == 0:
             return self._model_now_s
-        return self._clock.now_s() * self._speedup_ratio
+        return self._model_epoch_s + (self._clock.now_s() - self._clock_epoch_s) * self._speedup_ratio
 
     def real_s(self, model_s: float) -> float:
         """The real seconds in which `model_s` of the model's pass."""
@@ -198,15 +222,68 @@ class RealTimeDrive:
         hashes.difference_update(*(sequence.table.hashes for sequence in tuple(self.streams)))
         return len(hashes) + sum(sequence.table.num_private for sequence in kept)
 
-    def submit(self, requests: Sequence[Request], is_stopped: Callable[[], bool] = lambda: False) -> Stream:
+    @property
+    def last_step_s(self) -> float:
+        """The end of the last step: the model's time as any thread can know it, without a clock."""
+        return self._model_now_s
+
+    @property
+    def is_paused(self) -> bool:
+        return self._is_paused
+
+    async def between_steps(self, call: Callable[[], T]) -> T:
+        """What `call` returns, once no step is under way. Raises what it raises; RuntimeError if no step ever ends."""
+        self.raise_failure()
+        if not self._tasks:
+            raise RuntimeError("the engine is not running")
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._calls.append((call, done))
+        self._wake()
+        return await done
+
+    async def set_paused(self, is_paused: bool) -> None:
+        """Whether steps stop. Returns when the one under way has ended."""
+
+        def set_it() -> None:
+            self._is_paused = is_paused
+
+        await self.between_steps(set_it)
+
+    async def set_speedup_ratio(self, speedup_ratio: float) -> None:
+        """From the end of the step under way on, time passes at another pace. The model's time does not jump."""
+
+        def set_it() -> None:
+            now_s = self.now_s()
+            self._model_epoch_s, self._clock_epoch_s = now_s, self._clock.now_s()
+            self._speedup_ratio = speedup_ratio
+            if not speedup_ratio:
+                self._model_now_s = max(self._model_now_s, now_s)
+
+        await self.between_steps(set_it)
+
+    def submit(
+        self, requests: Sequence[Request], is_stopped: Callable[[], bool] = lambda: False, delay_s: float = 0.0
+    ) -> Stream:
         """
         Queue requests that arrive now, as one stream. Raises `RequestError` if one can never be served.
 
-        `is_stopped` is asked every 20 ms whether the client has gone.
+        `is_stopped` is asked every 20 ms whether the client has gone. With a delay they are queued that much later.
         """
         stream = self.prepare(requests, is_stopped)
-        self.enqueue(stream)
+        self.after_delay(stream, delay_s, self.enqueue)
         return stream
+
+    def after_delay(self, stream: Stream, delay_s: float, go_on: Callable[[Stream], None]) -> None:
+        """Go on with a prepared stream in so many model seconds, unless it is cancelled before. At once for 0."""
+        if not delay_s:
+            go_on(stream)
+            return
+
+        def at_last() -> None:
+            if not stream.is_cancelled:
+                go_on(stream)
+
+        stream.timer = asyncio.get_running_loop().call_later(self.real_s(delay_s), at_last)
 
     def prepare(self, requests: Sequence[Request], is_stopped: Callable[[], bool] = lambda: False) -> Stream:
         """A stream that is not queued yet. Raises `RequestError` if one of its requests can never be served."""
@@ -298,6 +375,8 @@ class RealTimeDrive:
             self.core.cancel(sequence)
         self.on_change()
         stream.is_cancelled = True
+        if stream.timer is not None:
+            self._call_on_loop(stream.timer.cancel)
         self._call_on_loop(stream.wake)
         if self._wanting or self.core.scheduler.waiting:
             self._call_on_loop(self._wake)
@@ -326,26 +405,36 @@ class RealTimeDrive:
         except Exception as failure:
             logger.exception("the engine stopped")
             self._failure = failure
+            self._refuse_calls("the engine has stopped because of an internal error")
             for stream in set(self.streams.values()):  # a copy: other threads may be cancelling
                 stream.wake()
 
     async def _run(self) -> None:
         while True:
+            if self._calls or self._is_paused:
+                await self._carry_out_calls()
             with self._lock:
                 self._admit_arrivals()
                 self._reserve()
+                if self._has_faults:
+                    self._hold_blocks(self._model_now_s)
                 step = self.core.begin_step()
                 self.on_change()
             self._reap()
             if step is None:
-                await self._wait_for_arrival()
+                await self._wait_for_work()
                 continue
             self._note_started(step)
-            end_s = self._model_now_s + step.seconds
+            seconds = step.seconds
+            if self._has_faults:
+                seconds = self._faults.step_s(seconds, self._model_now_s, self.dp_rank)
+            end_s = self._model_now_s + seconds
             if self._speedup_ratio == 0:
                 await asyncio.sleep(0)
             else:
-                await self._clock.wait_until(end_s / self._speedup_ratio)
+                await self._clock.wait_until(self._clock_epoch_s + self.real_s(end_s - self._model_epoch_s))
+            if self.profiler is not None:
+                self.profiler(step, self._model_now_s, end_s)
             with self._lock:
                 self._model_now_s = end_s
                 tokens = self.core.end_step_with_tokens(step, end_s)
@@ -355,6 +444,49 @@ class RealTimeDrive:
                     self._deliver(token)
             self.on_step(step, end_s)
             self._reap()
+            if self._has_faults:
+                self._faults.count_tokens(len(tokens), end_s)
+
+    async def _carry_out_calls(self) -> None:
+        """Do what was asked for. Returns when the next step may begin."""
+        was_paused = self._is_paused
+        while self._calls or self._is_paused:
+            while self._calls:
+                call, done = self._calls.popleft()
+                if done.done():  # nobody waits for it any more
+                    continue
+                try:
+                    with self._lock:
+                        result = call()
+                        self.on_change()
+                except Exception as error:
+                    done.set_exception(error)
+                else:
+                    done.set_result(result)
+                self._reap()
+            if self._is_paused:
+                was_paused = True
+                await self._wait()
+        if was_paused:
+            self._model_now_s = max(self._model_now_s, self.now_s())
+            self.core.interrupt()
+
+    def _refuse_calls(self, reason: str) -> None:
+        while self._calls:
+            _, done = self._calls.popleft()
+            if not done.done():
+                done.set_exception(RuntimeError(reason))
+
+    @property
+    def _has_faults(self) -> bool:
+        return not self._faults.is_empty or self.core.scheduler.num_held_blocks > 0
+
+    def _hold_blocks(self, now_s: float) -> bool:
+        """Take away as many KV blocks as faults say; whether that is another number than before."""
+        scheduler = self.core.scheduler
+        before = scheduler.num_held_blocks
+        scheduler.hold(self._faults.num_held_blocks(scheduler.blocks.num_blocks, now_s, self.dp_rank))
+        return scheduler.num_held_blocks != before
 
     def _note_started(self, step: Step) -> None:
         for sequence, _ in step.schedule.prefills:
@@ -383,22 +515,43 @@ class RealTimeDrive:
             for sequence in self._arrivals.popleft().sequences:
                 self.core.enqueue(sequence)
 
-    async def _wait_for_arrival(self) -> None:
+    async def _wait_for_work(self) -> None:
+        """There is nothing to do, or all wait for KV blocks that others keep."""
+        if not self._arrivals and not self._doomed:
+            await self._wait()
+        if self.core.has_work:  # it waited for blocks, and goes on now
+            self._model_now_s = max(self._model_now_s, self.now_s())
+
+    async def _wait(self) -> None:
+        """Until `_wake`."""
         self._idle = asyncio.get_running_loop().create_future()
         try:
-            if not self._arrivals and not self._doomed:
-                await self._idle
+            await self._idle
         finally:
             self._idle = None
-        if self.core.has_work:  # it waited for blocks that others keep, and goes on now
-            self._model_now_s = max(self._model_now_s, self.now_s())
 
     async def _watch_clients(self) -> None:
         while True:
             await asyncio.sleep(_POLL_S)
+            if self._has_faults:
+                self._look_for_faults()
             for stream in set(self.streams.values()):
                 if stream.is_stopped():
                     self.cancel(stream)
+
+    def _look_for_faults(self) -> None:
+        """An engine that does nothing may have its blocks taken or given back, or die."""
+        self._faults.tick(self.now_s())
+        if self._idle is None or self._is_paused:
+            return
+        if self.core.has_work and not self._speedup_ratio:
+            self._model_now_s += _POLL_S  # nothing else moves it on
+        with self._lock:
+            is_changed = self._hold_blocks(self.now_s())
+            self.on_change()
+        self._reap()
+        if is_changed:
+            self._wake()
 
 
 def _is_later_token(token: Token) -> bool:

@@ -19,7 +19,10 @@ try:
 except ModuleNotFoundError:
     _backend = import_module("dynamo.backend")
 
+from dynamo.llm import exceptions as _exceptions
 from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
+
+from mock_engine import faults
 
 if TYPE_CHECKING:
     LLMEngine = Any
@@ -32,11 +35,13 @@ run_backend: Any = import_module(f"{_backend.__name__}.run").run
 DisaggregationMode: Any = import_module(f"{_backend.__name__.rpartition('.')[0]}.constants").DisaggregationMode
 # Kubernetes' rolling updates set workers apart by a suffix (DYN_NAMESPACE_WORKER_SUFFIX).
 worker_namespace: Callable[[str], str] = import_module("dynamo.common.utils.namespace").get_worker_namespace
+ERROR_TYPES: dict[str, type[Exception]] = {name: getattr(_exceptions, name) for name in faults.ERROR_TYPES}
 
 HAS_DRAIN = hasattr(LLMEngine, "drain")  # of 1.2 only; where the base class has none, nobody calls it
 HAS_KV_ROUTING = hasattr(WorkerConfig, "enable_kv_routing")  # from 1.3 on workers publish KV events and loads
 
 __all__ = [
+    "ERROR_TYPES",
     "HAS_DRAIN",
     "HAS_KV_ROUTING",
     "DisaggregationMode",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, ENGINE_TYPES, EngineSettings, flag_of
+from mock_engine.errors import ConfigError
+from mock_engine.faults import parse_fault, read_faults
 from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S
 from mock_engine.planes import CHOICES, Planes
 from mock_engine.roles import ROLES
@@ -133,6 +135,33 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long a prefill worker keeps a KV cache that no decode worker asks for (%(default)s)",
     )
+    faults = parser.add_argument_group("faults", "what is to go wrong on purpose, and when: docs/faults.md")
+    faults.add_argument(
+        "--fault",
+        dest="faults",
+        action=_AddFaults,
+        default=(),
+        metavar="KIND[:key=value,...]",
+        help="such as kv:share=0.9,at=60,for=10; may be given several times",
+    )
+    faults.add_argument("--faults", dest="faults", action=_AddFaults, default=(), metavar="FILE", help="TOML")
+
+
+class _AddFaults(argparse.Action):
+    """A fault, or a file of them, on top of those given before."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        try:
+            more = [parse_fault(values)] if self.metavar != "FILE" else read_faults(Path(values))
+        except ConfigError as error:
+            parser.error(str(error))
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *more))
 
 
 def add_dynamo_flags(parser: argparse.ArgumentParser) -> None:

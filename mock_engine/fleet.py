@@ -23,6 +23,8 @@ from typing import Self
 
 from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import ConfigError, ProcessError
+from mock_engine.fault_injector import FaultInjector
+from mock_engine.faults import FailedStart
 from mock_engine.planes import Planes
 from mock_engine.processes import Part, Parts, free_port, free_ports, http_json, last_words
 from mock_engine.recorder import TimelineRow, read_status
@@ -60,6 +62,12 @@ class FleetSettings:
         check_num_workers(self.groups)
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port is {self.port}; it must be 1 to 65535, or 0 for any free one")
+        for fault in self.worker.faults:
+            if fault.worker is not None and fault.worker >= len(self.roles):
+                raise ConfigError(
+                    f"--fault {fault.to_text()} is of worker {fault.worker}, but the workers are 0 to "
+                    f"{len(self.roles) - 1}. Raise --workers, or name another."
+                )
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -125,6 +133,14 @@ class Fleet:
         self._system_ports, self._dcgm_ports = ports[::2], ports[1::2]
         self._parts = Parts(folder)
         self._is_recorded = is_recorded
+        self._faults = [settings.worker.of_worker(worker).faults for worker in range(len(settings.roles))]
+        self._failed = [
+            name
+            for name, faults in zip(settings.worker_names, self._faults, strict=True)
+            if any(isinstance(fault, FailedStart) for fault in faults)
+        ]
+        if len(self._failed) == len(settings.roles):
+            self._failed = []  # there is nothing to go on with
 
     @property
     def url(self) -> str:
@@ -167,7 +183,11 @@ class Fleet:
 
     def check(self) -> None:
         """Raise `ProcessError`, saying which part died and its last words, if one did."""
-        self._parts.check()
+        self._parts.check(may_end=self._failed)
+
+    def ended_by_fault(self) -> list[str]:
+        """Names of the workers that a fault has ended. The others go on."""
+        return self._parts.ended_by_fault()
 
     def stop(self) -> None:
         """Stop all parts, workers first, and wait until they are gone. Safe twice; not cut short by signals."""
@@ -205,19 +225,22 @@ class Fleet:
         # All with the same seed: an answer does not depend on the worker that gives it.
         record = self.record_folder(worker) if self._is_recorded else None
         role = self.settings.roles[worker]
-        settings = self.settings.worker_settings(role, self.model, record, self._status_path(worker))
+        settings = self.settings.worker_settings(role, self.model, record, self._status_path(worker)).of_worker(worker)
         settings = replace(settings, dcgm_port=self._dcgm_ports[worker])
         return ["-m", "mock_engine", "worker", *settings.to_argv(), *self.settings.planes.to_argv()]
 
     def _wait_until_it_answers(self) -> None:
+        timeout_s = START_TIMEOUT_S + max(FaultInjector(faults).start_delay_s for faults in self._faults)
         begin_s = time.monotonic()
         while not self._is_registered():
             self.check()
-            if time.monotonic() > begin_s + START_TIMEOUT_S:
+            if time.monotonic() > begin_s + timeout_s:
                 logs = "".join(f"\n{part.name}:{last_words(part.log_path)}" for part in self.parts)
-                raise ProcessError(f"the model did not answer within {START_TIMEOUT_S:g} s.{logs}")
+                raise ProcessError(f"the model did not answer within {timeout_s:g} s.{logs}")
             # Often, as it may take half a second; seldom where it takes long because the processors are busy.
             time.sleep(max(_POLL_S, _POLL_SHARE * (time.monotonic() - begin_s)))
+        if self.settings.worker.faults:
+            return  # one more request would be counted, and may be hit
         message = {"role": "user", "content": "hello"}
         body = {"model": self.model, "messages": [message], "max_tokens": 1}
         try:
@@ -232,7 +255,7 @@ class Fleet:
             instances = http_json(f"{self.url}/health").get("instances", [])
             # It lists those of other namespaces too, to which the frontend sends nothing.
             own = [each for each in instances if each["namespace"].startswith(self.namespace)]
-            if sum(each["endpoint"] == "generate" for each in own) < len(self.settings.roles):
+            if sum(each["endpoint"] == "generate" for each in own) < len(self.settings.roles) - len(self._failed):
                 return False
             return self.model in [model["id"] for model in http_json(f"{self.url}/v1/models")["data"]]
         except (OSError, ValueError):

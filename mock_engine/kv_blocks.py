@@ -171,6 +171,12 @@ class KvBlocks:
         table.hashes = []
         table.num_private = 0
 
+    def drop_cached(self) -> int:
+        """Forget the content of all blocks that nobody holds; they are free. Returns how many they were."""
+        num_dropped = self.num_cached
+        self._evict(num_dropped)
+        return num_dropped
+
     def _evict(self, num_blocks: int) -> None:
         self.num_free += num_blocks
         self.num_cached -= num_blocks

@@ -61,8 +61,15 @@ def _load_of(scheduler: Scheduler) -> KvLoad:
 class KvFeed:
     """See the module. All methods but `note_load` may be called on any thread, at any time."""
 
-    def __init__(self, block_size: int, schedulers: Sequence[Scheduler]) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        schedulers: Sequence[Scheduler],
+        keeps_event: Callable[[str, int], bool] = lambda _event, _rank: True,
+    ) -> None:
+        """`keeps_event` is asked, with "stored" or "removed" and the rank, which events are to go out: a fault."""
         self._schedulers = schedulers
+        self._keeps_event = keeps_event
         self._logs = [KvEventLog(block_size) for _ in schedulers]
         self._publishers: list[KvPublisher | None] = [None] * len(schedulers)
         self._publish_load: Callable[[int, KvLoad], None] | None = None
@@ -149,6 +156,8 @@ class KvFeed:
         if publisher is None:
             return
         for event in events:
+            if not self._keeps_event("stored" if isinstance(event, Stored) else "removed", rank):
+                continue
             try:
                 if isinstance(event, Stored):
                     sizes = [self._logs[rank].block_size] * len(event.block_hashes)

@@ -17,6 +17,7 @@ from typing import Any
 
 from mock_engine.core import Token
 from mock_engine.drive_realtime import Stream
+from mock_engine.fault_injector import RequestFault
 from mock_engine.prompt import Answer
 from mock_engine.recorder import RequestRow
 
@@ -32,6 +33,7 @@ class LiveRequest:
         num_cached_tokens: int | None = None,
         max_tokens: int | None = None,
         is_probe: bool = False,
+        fault: RequestFault | None = None,
     ) -> None:
         self.request_id = request_id
         self.answers = answers
@@ -41,6 +43,8 @@ class LiveRequest:
         self.is_probe = is_probe  # asked by Dynamo's health check, and of no interest to anybody else
         self.is_closed = False  # nothing of it goes out any more
         self.num_sent = 0  # tokens, over all choices
+        self.is_cancelled = False
+        self.fault = fault if fault is not None and fault.breaks else None
         self._num_left = len(answers)
         self._arrival_unix_s = time.time()
 
@@ -56,7 +60,13 @@ class LiveRequest:
 
     def cancel(self) -> None:
         """Let go of the tokens that are still to come. Safe at any time, twice, and on any thread."""
+        self.is_cancelled = True
         self.stream.drive.cancel(self.stream)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a fault lets no more of it out."""
+        return self.fault is not None and self.num_sent >= self.fault.num_whole_tokens and not self.is_ended
 
     def chunks(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
         """
@@ -65,6 +75,10 @@ class LiveRequest:
         The last of all has `finish_reason` and usage: one terminal chunk ends every choice, because
         Dynamo's adapter stops reading at the first.
         """
+        if self.fault is not None:
+            tokens = tokens[: self.fault.num_whole_tokens - self.num_sent]
+            if not tokens:
+                return []
         self.stream.drive.note_sent(self.stream, tokens)
         self.num_sent += len(tokens)
         chunks: dict[int, dict[str, Any]] = {}

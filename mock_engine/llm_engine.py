@@ -14,14 +14,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import tempfile
 from collections.abc import AsyncGenerator, Mapping
 from functools import cached_property, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+from mock_engine.controls import CONTROLS, UPDATES, Controls
 from mock_engine.core import Token
 from mock_engine.dcgm import DcgmCollector, DcgmServer
 from mock_engine.drive_realtime import RealTimeDrive, Stream
 from mock_engine.dynamo_release import (
+    ERROR_TYPES,
     HAS_DRAIN,
     HAS_KV_ROUTING,
     DisaggregationMode,
@@ -38,8 +43,10 @@ from mock_engine.dynamo_release import (
     worker_namespace,
 )
 from mock_engine.engine_settings import Engine, build_engines
-from mock_engine.errors import MockEngineError, RequestError
+from mock_engine.errors import ConfigError, MockEngineError, RequestError
 from mock_engine.exposition import EngineCollector
+from mock_engine.fault_injector import FaultInjector, RequestFault
+from mock_engine.faults import DEATH_STATUS
 from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_worker_flags
 from mock_engine.handoff import is_probe
 from mock_engine.kv_feed import KvFeed, KvLoad
@@ -60,6 +67,8 @@ logger = logging.getLogger(__name__)
 # How often and when `cleanup` looks whether all readers have heard that their streams are over. If the process ends
 # before, Dynamo 1.4.2 dies of SIGABRT ("exception not rethrown"), and its keys in etcd stay until their lease is over.
 _NUM_PARTING_LOOKS, _PARTING_LOOK_S = 25, 0.02
+_STOPS = "the worker stops before the answer is whole"
+_POLL_S = 0.02  # how often a request that hangs is asked whether its client has gone
 
 
 class MockLLMEngine(LLMEngine):  # type: ignore[misc]
@@ -67,6 +76,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
+        self.faults = FaultInjector(settings.faults, settings.engine.seed, _die)
+        self.controls: Controls | None = None
         self._drives: list[RealTimeDrive] = []  # one for each data-parallel rank; none before `start`
         self._kv_feed: KvFeed | None = None
         self._recording: Recording | None = None
@@ -85,6 +96,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         flags = parser.parse_args(argv)
         try:
             settings = WorkerSettings.from_flags(flags)
+            if any(fault.worker is not None for fault in settings.faults):
+                raise ConfigError("a --fault names a worker, which only 'mock-engine serve' and 'bench' can do")
             engine = cls(settings)
             _ = engine._planner  # finds every wrong setting before Dynamo starts
             Recorder(settings.record, settings.status).close()
@@ -113,6 +126,9 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
     async def start(self, worker_id: int) -> Any:
         """Be ready to serve; return Dynamo's `EngineConfig`. Raises `EngineShutdown` if that is not possible."""
         settings = self.settings
+        await self._wait(self.faults.start_delay_s)
+        if self.faults.start_failure is not None:
+            raise EngineShutdown(self.faults.start_failure)
         try:
             engine = self._engine
             _ = self._planner
@@ -124,9 +140,10 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 self._dcgm = DcgmServer(gpus, settings.dcgm_host, settings.dcgm_port)
         except MockEngineError as error:
             raise EngineShutdown(str(error)) from error
-        feed = self._kv_feed = KvFeed(engine.block_size, [each.core.scheduler for each in self._engines])
+        schedulers = [each.core.scheduler for each in self._engines]
+        feed = self._kv_feed = KvFeed(engine.block_size, schedulers, self._keeps_kv_event)
         for rank, each in enumerate(self._engines):
-            drive = RealTimeDrive(each.core, RealTimeClock(), settings.engine.speedup_ratio, rank)
+            drive = RealTimeDrive(each.core, RealTimeClock(), settings.engine.speedup_ratio, rank, self.faults)
             drive.on_change = partial(feed.note_load, rank)
             drive.on_step = self._metrics.stats.ranks[rank].steps.add
             self._drives.append(drive)
@@ -136,6 +153,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         except MockEngineError as error:
             raise EngineShutdown(str(error)) from error
         self._metrics.watch(self._drives, lambda: self._open.copy().values())
+        self.controls = Controls(self._drives, self.faults, engine, settings.engine, _profile_folder(settings))
         if self._recording is not None:
             self._recording.start()
         logger.info(
@@ -194,7 +212,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                     live.cancel()
                     spans.ended(live)
                     if self._is_stopped and not context.is_stopped():
-                        raise EngineShutdown("the worker stops before the answer is whole")
+                        raise EngineShutdown(_STOPS)
                     logger.debug("request %s cancelled", live.request_id)
                     yield live.cancelled_chunk()
                     return
@@ -204,6 +222,10 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                     if "finish_reason" in chunk:
                         chunk.update(self._role.terminal_of(live.stream))
                     yield chunk
+                if live.is_broken:
+                    await self._break(live, context)
+                    yield live.cancelled_chunk()
+                    return
         finally:
             spans.ended(live)
             self._close(live)
@@ -221,7 +243,11 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         Streams that are still open raise `EngineShutdown`, upon which Dynamo's frontend takes the request to another
         worker (`--migration-limit`). A terminal chunk would be taken for the end of the answer.
         """
+        if not self._is_stopped:
+            await self._wait(self.faults.cleanup_delay_s)
         self._is_stopped = True
+        if self.controls is not None:
+            self.controls.close()
         for drive in self._drives:
             await drive.stop()
         await self._role.stop()
@@ -259,6 +285,26 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             """Return when that is so. ai-dynamo 1.2 calls it once, before `cleanup`; later ones never do."""
             while not self._is_quiescent:  # noqa: ASYNC110  (requests end on any thread; an Event belongs to one)
                 await asyncio.sleep(INTERVAL_S)
+
+    def supported_controls(self) -> set[str]:
+        """What `POST /engine/control/<name>` on the system port can do. Asked by ai-dynamo 1.3 and later."""
+        return set(CONTROLS)
+
+    async def engine_control(self, control: str, body: dict[str, Any]) -> dict[str, Any]:
+        """See docs/controls.md. Never raises."""
+        if self.controls is None or self._is_stopped:
+            return {"status": "error", "message": "the engine is not running"}
+        return await self.controls.control(control, body)
+
+    def supported_updates(self) -> set[str]:
+        """The same for `POST /engine/update/<name>`."""
+        return set(UPDATES)
+
+    async def engine_update(self, update: str, body: dict[str, Any]) -> dict[str, Any]:
+        """See docs/controls.md. Never raises."""
+        if self.controls is None or self._is_stopped:
+            return {"status": "error", "message": "the engine is not running"}
+        return await self.controls.update(update, body)
 
     def conformance_probe(self) -> _Probe:
         """What requests hold, exactly, for the conformance suite (docs/conformance.md). Dynamo never calls it."""
@@ -308,15 +354,40 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         try:
             answers, handoff = self._role.plan(self._planner, request_id, request)
             drive = self._drives[choose_rank(request, self._drives)]
-            stream = self._role.submit(drive, answers, handoff, context.is_stopped)
+            fault = None if self.faults.is_empty else self.faults.admit(drive.now_s(), drive.dp_rank)
+            if fault is not None and fault.error is not None and not fault.error.tokens:
+                _raise_error(fault)
+            delay_s = 0.0 if fault is None else fault.delay_s
+            stream = self._role.submit(drive, answers, handoff, context.is_stopped, delay_s)
         except RequestError as error:
             raise InvalidArgument(str(error)) from error
         except RuntimeError as error:
             raise EngineShutdown(str(error)) from error
         num_cached_tokens = None if handoff is None else handoff.num_cached_tokens
-        live = LiveRequest(request_id, answers, stream, num_cached_tokens, _max_tokens(request), is_probe(request))
+        live = LiveRequest(
+            request_id, answers, stream, num_cached_tokens, _max_tokens(request), is_probe(request), fault
+        )
         self._open[stream] = live
         return live
+
+    async def _break(self, live: LiveRequest, context: Any) -> None:
+        """A fault lets no more of a request out: raise, or return once it is cancelled."""
+        assert live.fault is not None
+        if live.fault.error is not None and live.num_sent >= live.fault.error.tokens:
+            _raise_error(live.fault)
+        while not (context.is_stopped() or live.is_cancelled or self._is_stopped):  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)
+        if self._is_stopped and not context.is_stopped():
+            raise EngineShutdown(_STOPS)
+
+    async def _wait(self, model_s: float) -> None:
+        ratio = self._drives[0].speedup_ratio if self._drives else self.settings.engine.speedup_ratio
+        if model_s and ratio:
+            await asyncio.sleep(model_s / ratio)
+
+    def _keeps_kv_event(self, event: str, rank: int) -> bool:
+        """Whether it is to be published. On any thread."""
+        return self.faults.is_empty or self.faults.keeps_kv_event(event, self._drives[rank].last_step_s, rank)
 
     def _close(self, live: LiveRequest) -> None:
         """Synchronous, and safe on any thread: a dropped stream is finalized where it is dropped."""
@@ -378,6 +449,21 @@ class _Probe:
 def _max_tokens(request: Mapping[str, Any]) -> int | None:
     max_tokens: int | None = (request.get("stop_conditions") or {}).get("max_tokens")
     return max_tokens
+
+
+def _profile_folder(settings: WorkerSettings) -> Path:
+    return settings.record or Path(tempfile.gettempdir()) / "mock-engine-profiles"
+
+
+def _raise_error(fault: RequestFault) -> NoReturn:
+    assert fault.error is not None
+    raise ERROR_TYPES[fault.error.type](fault.error.message)
+
+
+def _die(reason: str) -> None:
+    logger.warning("the fault %s ends this process now", reason)
+    logging.shutdown()
+    os._exit(DEATH_STATUS)
 
 
 async def _next_tokens(stream: Stream) -> list[Token]:

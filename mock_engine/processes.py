@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from mock_engine.errors import ConfigError, ProcessError
+from mock_engine.faults import DEATH_STATUS
 from mock_engine.parent_death import die_with_parent
 
 _STOP_TIMEOUT_S = 10.0
@@ -74,12 +75,20 @@ class Parts:
         self.all.append(part)
         return part
 
-    def check(self) -> None:
-        """Raise `ProcessError`, saying which part died and its last words, if one did."""
+    def check(self, may_end: Collection[str] = ()) -> None:
+        """
+        Raise `ProcessError`, saying which part died and its last words, if one did.
+
+        Those named in `may_end` may, and any that a fault has ended.
+        """
         for part in self.all:
             status = part.process.poll()
-            if status is not None:
+            if status is not None and status != DEATH_STATUS and part.name not in may_end:
                 raise ProcessError(f"{part.name} {_how_it_ended(status)}.{last_words(part.log_path)}")
+
+    def ended_by_fault(self) -> list[str]:
+        """Names of those that a fault has ended."""
+        return [part.name for part in self.all if part.process.poll() == DEATH_STATUS]
 
     def stop(self) -> None:
         """Stop all parts, the last one first, and wait until they are gone. Safe twice; not cut short by signals."""

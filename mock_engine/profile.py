@@ -116,6 +116,11 @@ class Profile:
         """Keys and values of one token over all layers and all GPUs."""
         return self.shape.kv_bytes_per_token(self.kv_cache_dtype)
 
+    @property
+    def weights_bytes(self) -> float:
+        """All weights, over all GPUs."""
+        return self.shape.num_params * WEIGHT_BYTES[self.dtype]
+
     def overhead_before_queue_s(self, isl_tokens: int) -> float:
         """From when a client sends a request until the engine's scheduler sees it."""
         return self.overhead_request_s + self.overhead_per_prompt_token_s * isl_tokens
@@ -138,7 +143,7 @@ class Profile:
         """
         if self.measured_kv_blocks is not None and gpu_memory_utilization == self.measured_gpu_memory_utilization:
             return self.measured_kv_blocks
-        weights_bytes = self.shape.num_params * WEIGHT_BYTES[self.dtype] / self.tp
+        weights_bytes = self.weights_bytes / self.tp
         usable_bytes = gpu_memory_utilization * self.datasheet.memory_bytes
         block_bytes = self.block_size * self.shape.kv_bytes_per_token_on_each(self.tp, self.kv_cache_dtype)
         num_blocks = math.floor((usable_bytes - weights_bytes - RESERVED_BYTES) / block_bytes)

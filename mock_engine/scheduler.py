@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from mock_engine.decode_batch import DecodeBatch
 from mock_engine.errors import ConfigError, RequestError
-from mock_engine.kv_blocks import KvBlocks
+from mock_engine.kv_blocks import BlockTable, KvBlocks
 from mock_engine.request import Request
 from mock_engine.scheduler_config import SchedulerConfig
 from mock_engine.sequence import SequenceState, Status
@@ -88,7 +88,8 @@ class Scheduler(ABC):
         self.num_preemptions = 0
         self.num_prefix_queries_tokens = 0  # prompt tokens looked up in the prefix cache
         self.num_prefix_hits_tokens = 0  # ... and found there
-        self.num_kept_blocks = 0  # of finished sequences whose requests keep them
+        self.num_kept_blocks = 0  # of finished sequences whose requests keep them, and of `hold`
+        self._held = BlockTable()
         self.reserved: dict[SequenceState, None] = {}  # those that have blocks and have not been in the batch
         self._is_in_decode_step = False  # the blocks of those that decode are taken, their tokens not counted
         self._have_grown: set[SequenceState] = set()  # while blocks are taken one by one: those that have theirs
@@ -185,6 +186,38 @@ class Scheduler(ABC):
         self.num_kept_blocks -= sequence.table.num_blocks
         self.blocks.release(sequence.table)
         self._note_room()
+
+    @property
+    def num_held_blocks(self) -> int:
+        """What `hold` keeps from everybody."""
+        return self._held.num_blocks
+
+    def hold(self, num_blocks: int) -> None:
+        """
+        Between two steps: keep so many blocks from everybody, as if a sequence held them, or as many as can be had now.
+
+        No running sequence loses any by that, nor those that it takes in the next step or was promised.
+        """
+        held = self._held.num_blocks
+        if num_blocks > held:
+            promised = self._num_reserved_blocks() + self._num_blocks_to_come()
+            if isinstance(self._decodes, DecodeBatch):  # the other one counts those of the next step among the promised
+                promised += self._decodes.num_blocks_for_steps(1)
+            num_blocks = min(num_blocks, held + max(0, self.blocks.num_available - promised))
+            self.blocks.grow(self._held, num_blocks)
+        elif num_blocks < held:
+            given_back = BlockTable()
+            given_back.num_private = held - num_blocks
+            self._held.num_private = num_blocks
+            self.blocks.release(given_back)
+            self._note_room()
+        self.num_kept_blocks += num_blocks - held
+
+    def preempt_all(self) -> None:
+        """Between two steps: take all blocks back from those that run. They wait before all others, in their order."""
+        for sequence in reversed([*self.decoding, *self.prefilling]):
+            self._preempt(sequence)
+            self._queue_first(sequence)
 
     @abstractmethod
     def schedule(self) -> Schedule:

@@ -142,9 +142,11 @@ def print_plain(console: Console, text: str) -> None:
 
 def _watch_live(fleet: Fleet, console: Console) -> None:
     view = FleetView(fleet.settings.worker_names)
+    told: set[str] = set()
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
             fleet.check()
+            _tell_of_deaths(fleet, told, console)
             live.update(Group(view.table(_states(fleet)), Text("Ctrl-C stops everything", style="dim")), refresh=True)
             time.sleep(_REFRESH_S)
 
@@ -153,14 +155,23 @@ def _watch_in_lines(fleet: Fleet, console: Console) -> None:
     """A line now and then, when it says something new."""
     view = FleetView(fleet.settings.worker_names)
     last = ""
+    told: set[str] = set()
     next_line_s = time.monotonic()
     while True:
         fleet.check()
+        _tell_of_deaths(fleet, told, console)
         line = view.line(_states(fleet))
         if line != last and time.monotonic() >= next_line_s:
             print_plain(console, line)
             last, next_line_s = line, time.monotonic() + _LINE_EVERY_S
         time.sleep(_REFRESH_S)
+
+
+def _tell_of_deaths(fleet: Fleet, told: set[str], console: Console) -> None:
+    for name in fleet.ended_by_fault():
+        if name not in told:
+            told.add(name)
+            print_plain(console, f"{name} was ended by a fault; the others go on")
 
 
 def _states(fleet: Fleet) -> list[TimelineRow | None]:

@@ -46,22 +46,48 @@ class StepTimes:
         self._timing = timing
         self._jitter = jitter
         self._on_unmeasured: Callable[[StepLoad], None] | None = on_unmeasured
+        self._prefill_scale = self._decode_scale = 1.0
+
+    def set_scale(self, prefill: float, decode: float) -> None:
+        """From now on steps that only decode take `decode` times as long, and what prompts add to one, `prefill`."""
+        self._prefill_scale, self._decode_scale = prefill, decode
+
+    def set_jitter(self, jitter: StepJitter) -> None:
+        """From now on these factors."""
+        self._jitter = jitter
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of the next step."""
         self._check(load)
-        return self._timing.step_s(load) * self._jitter.draw()
+        seconds = self._timing.step_s(load)
+        if self._prefill_scale != 1.0 or self._decode_scale != 1.0:
+            seconds = self._scaled(load, seconds)
+        return seconds * self._jitter.draw()
 
     def peek_decode_s(self, load: StepLoad, num_steps: int) -> FloatArray:
         """Seconds of each of the next steps, shape (num_steps,), if they only decode and the first has this load."""
         batch_size, context_tokens = load.decode_batch_size, load.context_tokens
         self._check(load)
         self._check(StepLoad((), batch_size, context_tokens + batch_size * (num_steps - 1)))
-        return self._timing.decode_run_s(batch_size, context_tokens, num_steps) * self._jitter.peek(num_steps)
+        seconds = self._timing.decode_run_s(batch_size, context_tokens, num_steps)
+        if self._decode_scale != 1.0:
+            seconds = seconds * self._decode_scale
+        return seconds * self._jitter.peek(num_steps)
 
     def skip(self, num_steps: int) -> None:
         """So many of the steps that `peek_decode_s` has shown were run."""
         self._jitter.skip(num_steps)
+
+    def _scaled(self, load: StepLoad, seconds: float) -> float:
+        batch_size = load.decode_batch_size
+        if not load.prefill_chunks:
+            return seconds * self._decode_scale
+        decode_s = (
+            self._timing.step_s(StepLoad((), batch_size, load.context_tokens, load.num_draft_tokens))
+            if batch_size
+            else 0.0
+        )
+        return decode_s * self._decode_scale + (seconds - decode_s) * self._prefill_scale
 
     def _check(self, load: StepLoad) -> None:
         if self._on_unmeasured is not None and not self._timing.is_measured_at(load):

@@ -26,8 +26,6 @@ Nothing is held in memory but what is under way.
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
@@ -36,17 +34,15 @@ import numpy as np
 
 from mock_engine.deployment import DeploymentSettings
 from mock_engine.drive_virtual import Flight, Observer, Stretch
-from mock_engine.errors import ConfigError
+from mock_engine.event_file import EventFile
 from mock_engine.sequence import Status
-
-_BATCH = 1024  # events written at once
 
 
 class TraceEvents:
     """Writes `path`, packed if its name ends in .gz. Raises `ConfigError` if it cannot be written."""
 
     def __init__(self, path: Path, deployment: DeploymentSettings) -> None:
-        self._file = _EventFile(path)
+        self._file = EventFile(path)
         self._groups = [group for group in deployment.groups for _ in range(group.num_workers)]
         self._is_parallel = deployment.data_parallel_size > 1
         self._ids = count(1)  # of processes and threads: no two have the same
@@ -90,7 +86,7 @@ class _EngineTrace:
     might look for an interrupt: so both have happened or neither has, and `close` ends just what has begun.
     """
 
-    def __init__(self, file: _EventFile, ids: count[int], name: str) -> None:
+    def __init__(self, file: EventFile, ids: count[int], name: str) -> None:
         self._file = file
         self._events = file.events
         self._ids = ids
@@ -240,64 +236,6 @@ class _EngineTrace:
     def _name(self, kind: str, ids: str, name: str, place: int) -> None:
         self._events.append(f'{{"ph":"M","name":"{kind}_name",{ids},"args":{{"name":{_json(name)}}}}}')
         self._events.append(f'{{"ph":"M","name":"{kind}_sort_index",{ids},"args":{{"sort_index":{place}}}}}')
-
-
-class _EventFile:
-    """A JSON document that ends in an array of events. Those appended to `events` are written now and then."""
-
-    def __init__(self, path: Path) -> None:
-        self.events: list[str] = []
-        self.now_us = 0  # the last moment there was
-        self._path = path
-        self._between = ""
-        self._pack: Callable[[bytes], bytes] = bytes
-        self._pack_rest: Callable[[], bytes] = bytes
-        if path.suffix == ".gz":
-            gzip = zlib.compressobj(wbits=31)  # with a header that holds neither name nor time
-            self._pack, self._pack_rest = gzip.compress, gzip.flush
-        try:
-            self._file = path.open("wb", buffering=0)
-        except OSError as error:
-            raise self._cannot_write(error) from error
-        self._write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
-
-    @property
-    def is_closed(self) -> bool:
-        return self._file.closed
-
-    def moment(self, time_s: float) -> int:
-        """That time in microseconds; something happens then."""
-        if len(self.events) >= _BATCH:
-            self._write_events()
-        at_us = round(time_s * 1e6)
-        self.now_us = max(self.now_us, at_us)
-        return at_us
-
-    def close(self) -> None:
-        """Write the rest, and close."""
-        self._write_events()
-        self._write(b"\n]}\n")
-        self._pack = lambda _: self._pack_rest()
-        self._write(b"")
-        self._file.close()
-
-    def _write_events(self) -> None:
-        if self.events:
-            self._write((self._between + ",\n".join(self.events)).encode("ascii"))
-
-    def _write(self, data: bytes) -> None:
-        packed = map(self._pack, (data,))
-        try:
-            # From here on there is one call, into C: no interrupt comes between forgetting, packing and writing.
-            self._between = ",\n" if self.events else ""
-            del self.events[:]
-            self._file.writelines(packed)
-        except OSError as error:
-            self._file.close()
-            raise self._cannot_write(error) from error
-
-    def _cannot_write(self, error: OSError) -> ConfigError:
-        return ConfigError(f"cannot write the timeline to {self._path}: {error.strerror}. Name another file.")
 
 
 def _json(value: object) -> str:

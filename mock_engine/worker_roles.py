@@ -48,11 +48,16 @@ class AggregatedRole:
         return planner.plan(request_id, request), None
 
     def submit(
-        self, drive: RealTimeDrive, answers: Sequence[Answer], handoff: Handoff | None, is_stopped: Callable[[], bool]
+        self,
+        drive: RealTimeDrive,
+        answers: Sequence[Answer],
+        handoff: Handoff | None,
+        is_stopped: Callable[[], bool],
+        delay_s: float = 0.0,
     ) -> Stream:
-        """Queue what was planned. Raises `RequestError`."""
+        """Queue what was planned, a fault's delay later. Raises `RequestError`."""
         del handoff
-        return drive.submit([answer.request for answer in answers], is_stopped)
+        return drive.submit([answer.request for answer in answers], is_stopped, delay_s)
 
     def terminal_of(self, stream: Stream) -> dict[str, Any]:
         """What the last chunk of a stream has besides; from now on the client may have it."""
@@ -157,12 +162,17 @@ class DecodeRole(AggregatedRole):
         return for_decode(answers), handoff
 
     def submit(
-        self, drive: RealTimeDrive, answers: Sequence[Answer], handoff: Handoff | None, is_stopped: Callable[[], bool]
+        self,
+        drive: RealTimeDrive,
+        answers: Sequence[Answer],
+        handoff: Handoff | None,
+        is_stopped: Callable[[], bool],
+        delay_s: float = 0.0,
     ) -> Stream:
         if handoff is None:
-            return super().submit(drive, answers, handoff, is_stopped)
+            return super().submit(drive, answers, handoff, is_stopped, delay_s)
         stream = drive.prepare([answer.request for answer in answers], is_stopped)
-        self.fetchers[drive].fetch(stream, handoff)
+        drive.after_delay(stream, delay_s, partial(self.fetchers[drive].fetch, handoff=handoff))
         return stream
 
     @property

@@ -6,11 +6,13 @@ what it publishes, and where it records.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings, argv_of
 from mock_engine.errors import ConfigError
+from mock_engine.faults import Fault, of_worker
 from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S, check_bandwidth
 from mock_engine.output_tokens import find_tokenizer
 from mock_engine.roles import ROLES
@@ -34,6 +36,7 @@ class WorkerSettings:
     status: Path | None = None  # file that has the latest state
     dcgm_port: int | None = None  # of an endpoint with the GPUs' metrics; 0: any free one
     dcgm_host: str = "127.0.0.1"
+    faults: tuple[Fault, ...] = ()  # what is to go wrong on purpose
 
     def __post_init__(self) -> None:
         if self.dcgm_port is not None and not 0 <= self.dcgm_port <= 65_535:
@@ -57,8 +60,13 @@ class WorkerSettings:
 
     def to_argv(self) -> list[str]:
         """Flags of `mock-engine worker` that give these settings again."""
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "engine"}
-        return self.engine.to_argv() + argv_of(own)
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("engine", "faults")}
+        faults = [word for fault in self.faults for word in ("--fault", fault.to_text())]
+        return self.engine.to_argv() + argv_of(own) + faults
+
+    def of_worker(self, worker: int) -> WorkerSettings:
+        """Those of one worker of several: without the faults of the others."""
+        return dataclasses.replace(self, faults=tuple(of_worker(self.faults, worker)))
 
 
 def check_data_parallel_size(size: int) -> None:

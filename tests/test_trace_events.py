@@ -25,10 +25,11 @@ from mock_engine.deployment import DeploymentSettings, WorkerGroup
 from mock_engine.drive_virtual import Flight, Stretch, VirtualClock, VirtualDrive
 from mock_engine.engine_settings import EngineSettings
 from mock_engine.errors import ConfigError
+from mock_engine.event_file import _BATCH
 from mock_engine.request import Request
 from mock_engine.sequence import SequenceState
 from mock_engine.simulation import SimulationSettings, simulate
-from mock_engine.trace_events import _BATCH, TraceEvents
+from mock_engine.trace_events import TraceEvents
 from mock_engine.workload import Workload
 from tests.helpers.virtual import Notes, timed_requests
 from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, make_core, step_s, ticking_step_s

@@ -119,12 +119,12 @@ def make_core(
 
 
 def check_blocks(core: Core) -> None:
-    """used + cached + free = total, and every used block is held by somebody who runs."""
+    """used + cached + free = total, and every used block is held by somebody who runs, or kept from all."""
     blocks = core.scheduler.blocks
     assert blocks.num_used + blocks.num_cached + blocks.num_free == blocks.num_blocks
     assert min(blocks.num_used, blocks.num_cached, blocks.num_free) >= 0
     held = set()
-    num_private = 0
+    num_private = core.scheduler.num_held_blocks
     for sequence in (*core.scheduler.decoding, *core.scheduler.prefilling):
         held.update(sequence.table.hashes)
         if sequence in core.scheduler.decoding:
