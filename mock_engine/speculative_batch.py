@@ -39,9 +39,7 @@ class SpeculativeBatch:
         self._speculation = speculation
         self._block_size = block_size
         self._max_model_len = max_model_len
-        # Blocks are taken for so many tokens beyond those of a sequence, and for none beyond a position.
-        self._ahead_tokens = speculation.num_tokens + speculation.num_lookahead_tokens
-        self._last_token = max_model_len if speculation.num_lookahead_tokens else max_model_len - 1
+        self._ahead_tokens = speculation.num_tokens + speculation.num_lookahead_tokens  # that blocks are taken for
         self._num_tokens = 0  # prompt and output tokens that exist so far, of all together
         self._rejected: dict[SequenceState, list[int]] = {}  # in the same order
         self._long: dict[SequenceState, None] = {}  # those that may have fewer draft tokens near their end
@@ -65,11 +63,11 @@ class SpeculativeBatch:
     def grow(self, blocks: KvBlocks, num_steps: int = 1) -> bool:
         """Take the KV blocks for the next step of all sequences. False, and nothing changes, if there are too few."""
         assert num_steps == 1, "what a step makes is known when it is over"
-        ahead_tokens, last_token, block_size = self._ahead_tokens, self._last_token, self._block_size
+        ahead_tokens, max_tokens, block_size = self._ahead_tokens, self._max_model_len, self._block_size
         growing = []
         num_taken = 0
         for sequence in self.sequences:
-            num_tokens = min(sequence.request.isl_tokens + sequence._num_output_tokens + ahead_tokens, last_token)
+            num_tokens = min(sequence.request.isl_tokens + sequence._num_output_tokens + ahead_tokens, max_tokens)
             num_blocks = -(-num_tokens // block_size)
             missing = num_blocks - sequence.table.num_blocks
             if missing > 0:
@@ -83,7 +81,7 @@ class SpeculativeBatch:
 
     def grow_one(self, sequence: SequenceState, blocks: KvBlocks) -> bool:
         """The same for one of them."""
-        num_tokens = min(sequence.num_tokens + self._ahead_tokens, self._last_token)
+        num_tokens = min(sequence.num_tokens + self._ahead_tokens, self._max_model_len)
         return blocks.grow(sequence.table, -(-num_tokens // self._block_size))
 
     def settle(self, sequence: SequenceState, is_in_step: bool) -> None:
