@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mock_engine.engine_settings import ENGINE_TYPES
 from mock_engine.request import Request
 from mock_engine.sequence import SequenceState
+from mock_engine.speculation import Speculation
 from mock_engine.waiting_queue import make_queue
 from tests.helpers.virtual import drive, timed_requests
 from tests.helpers.workloads import BLOCK_SIZE, MAX_MODEL_LEN, make_core, run, speculations, workloads
@@ -131,3 +132,40 @@ def test_who_waits_again_stands_where_it_stood():
 
 def with_priority(request, priority):
     return Request(request.request_id, request.isl_tokens, request.osl_tokens, request.block_hashes, priority=priority)
+
+
+def test_what_a_step_would_have_computed_of_a_victim_is_not_offered_for_sharing():
+    """Its second block would be full after the step that gives its third one, for draft tokens, to another prompt."""
+    core = make_core(
+        max_num_batched_tokens=10,
+        num_blocks=MAX_MODEL_LEN // BLOCK_SIZE,
+        scheduling_policy="priority",
+        speculation=Speculation(1, acceptance_rate=0.0, draft_cost=0.1),
+    )
+    victim = core.prepare(Request("victim", 3, 20, [1, 2, 3, 4, 5], priority=1))
+    core.enqueue(victim)
+    core.end_step(core.begin_step(), 0.0)
+    core.enqueue(core.prepare(Request("important", 44, 1)))
+    now_s = 0.0
+    while not victim.num_preemptions:
+        num_computed = victim.num_computed_tokens
+        step = core.begin_step()
+        now_s += 1
+        core.end_step(step, now_s)
+    assert num_computed == 2 * BLOCK_SIZE - 1
+    assert core.scheduler.blocks.num_prefix_blocks([1, 2]) == 1
+
+
+def test_of_those_that_wait_who_has_blocks_goes_first():
+    """However unimportant: a prompt whose KV cache comes from another worker keeps its blocks while it waits."""
+    core = make_core(num_blocks=12, max_num_seqs=1, max_num_batched_tokens=48, scheduling_policy="priority")
+    handed_over = core.prepare(Request("handed over", 40, 1, priority=9))
+    assert core.reserve(handed_over)
+    important = core.prepare(Request("important", 40, 1, priority=-9))
+    core.enqueue(important)
+    core.enqueue(handed_over)
+    assert list(core.scheduler.waiting) == [handed_over, important]
+    core.end_step(core.begin_step(), 1.0)
+    assert handed_over.is_final
+    core.end_step(core.begin_step(), 2.0)
+    assert important.is_final

@@ -13,7 +13,7 @@ from mock_engine.monotone import MonotoneCurve, MonotoneSurface, between_points,
 from mock_engine.profile import Profile, list_profiles, load_profile
 from mock_engine.profile_import.accuracy import left_out
 from mock_engine.step import PrefillChunk, StepLoad
-from mock_engine.timing import StepJitter, TimingModel
+from mock_engine.timing import StepJitter, TimingModel, curve
 
 NAMES = list_profiles()
 # What is drawn at random is drawn for these. Of the others, some tables rise in steps that break the limits below:
@@ -104,6 +104,17 @@ def test_more_work_never_takes_less_time(name, chunks, batch_size, each, extra, 
         assert never_less(drafted_s, base_s)
         more_drafted_s = timing.step_s(StepLoad(chunks, batch_size, batch_size * each, more_new + more_past))
         assert never_less(more_drafted_s, drafted_s)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLE if profile_of(name).tables == KERNELS])
+def test_draft_tokens_go_through_the_matrices_and_the_lm_head_and_attention_is_as_without_them(name):
+    profile, timing = profile_of(name), model_of(name)
+    roofline, latency = profile.roofline, profile.latency
+    parts = [curve(latency["linear"], roofline.linear_s), curve(latency["head"], roofline.head_s)]
+    if "communication" in latency:
+        parts.append(curve(latency["communication"], roofline.communication_s))
+    without_s, with_s = timing.step_s(StepLoad((), 64, 64_000)), timing.step_s(StepLoad((), 64, 64_000, 192))
+    assert with_s - without_s == pytest.approx(sum(part(256) - part(64) for part in parts))
 
 
 @pytest.mark.parametrize("name", SAMPLE)
