@@ -75,8 +75,9 @@ class KvFetcher:
                     await channel.receive("sent")
             self.num_fetched += 1
         except (ChannelError, TimeoutError) as error:
+            level = logging.DEBUG if self.num_failed else logging.WARNING
             self.num_failed += 1
-            logger.warning("a KV cache of %d tokens did not come, and is computed here: %r", handoff.num_tokens, error)
+            logger.log(level, "a KV cache did not come, and is computed here: %s. Warned of once.", repr(error))
             self._drive.forget_remote(stream)
         finally:
             stream.on_cancelled = None

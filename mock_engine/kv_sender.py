@@ -104,8 +104,13 @@ class KvSender:
     def _give_up(self, handle: int) -> None:
         self._timers.pop(handle)
         if handle in self._offers:
+            level = logging.DEBUG if self.num_given_up else logging.WARNING
             self.num_given_up += 1
-            logger.warning("nobody came for a KV cache within %g s; its blocks are given back", self._timeout_s)
+            logger.log(
+                level,
+                "nobody came for a KV cache within %g s; its blocks are given back. Warned of once.",
+                self._timeout_s,
+            )
             self.withdraw(handle)
 
     def _take(self, handle: int) -> SequenceState | None:
@@ -132,7 +137,7 @@ class KvSender:
                 go.set()
                 await channel.receive("nothing more")  # it hangs up when all is there, or when it is wanted no more
         except (ChannelError, TimeoutError, TypeError, ValueError) as error:
-            logger.debug("a connection has ended: %r", error)
+            logger.debug("a connection has ended: %s", repr(error))
         finally:
             if sending is not None:
                 sending.cancel()

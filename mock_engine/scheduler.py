@@ -283,6 +283,11 @@ class Scheduler(ABC):
 
     # What a policy's `schedule` is made of.
 
+    @property
+    def _is_up_to_reserved(self) -> bool:
+        """Whether nobody is left in the batch, and whoever is first in the queue has its blocks and can run."""
+        return not self.num_running and bool(self.waiting) and self.waiting[0] in self.reserved
+
     def _grow_decoding(self) -> bool:
         """Take the blocks for a token of all that decode. False, and nothing changes, if there are too few."""
         if not self._decodes.grow(self.blocks):

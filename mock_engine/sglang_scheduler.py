@@ -58,6 +58,8 @@ class SglangScheduler(Scheduler):
             return self._schedule_of(prefills, has_decodes=are_handed_over and self._grow_decoding())
         if not self._grow_decoding():
             self._retract()
+            if self._is_up_to_reserved:
+                self._admit(prefills, budget)
         return self._schedule_of(prefills, has_decodes=True)
 
     @property

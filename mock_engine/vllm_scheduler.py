@@ -32,7 +32,7 @@ class VllmScheduler(Scheduler):
         while len(prefills) < len(self.prefilling):
             self._preempt_last()
             budget = self._continue_prefills(prefills, budget)
-        if not self.preempted:
+        if not self.preempted or self._is_up_to_reserved:
             self._admit(prefills, budget)
         return self._schedule_of(prefills, has_decodes=True)
 

@@ -92,10 +92,11 @@ def workers_of(fleet: Fleet) -> list[int]:
 
 async def quiet(fleet: Fleet) -> float:
     """Seconds until no request is open and no KV block taken in any worker that is up."""
-    began_s = time.monotonic()
+    began_s, began_unix_s = time.monotonic(), time.time()
     while time.monotonic() - began_s < _PATIENCE_S:
         states = [state for worker in workers_of(fleet) if (state := fleet.status(worker)) is not None]
-        if all(state.num_open_requests == state.kv_used_blocks == 0 for state in states):
+        is_known = all(state.unix_s > began_unix_s for state in states)
+        if is_known and all(state.num_open_requests == state.kv_used_blocks == 0 for state in states):
             return time.monotonic() - began_s
         await asyncio.sleep(0.1)
     raise SystemExit(f"KV blocks are still taken after {_PATIENCE_S:g} s: {states}")

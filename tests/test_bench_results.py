@@ -69,6 +69,7 @@ def make_results(**changes):
         facts={
             "profile": "gpu/model/engine",
             "num_workers": 1,
+            "roles": {"agg": 1},
             "planes": {"discovery_backend": "etcd", "request_plane": "nats", "event_plane": "nats"},
             "total_kv_blocks": 100,
             "speedup_ratio": 1.0,

@@ -32,3 +32,16 @@ def test_the_mock_engine_keeps_every_rule(driver, engine_args):
     assert not broken
     num_passed = sum(verdict.outcome is Outcome.PASSED for verdict in verdicts)
     assert num_passed >= (20 if driver == "worker" else 60)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_prefill_and_a_decode_worker_keep_the_rules_that_roles_touch(role):
+    """Hand-over, draining, and what is left of requests that end in whatever way."""
+    areas = ("abort.", "cancel.", "disagg.", "drain.", "drop.", "err.", "life.")
+    settings = SuiteSettings(ENGINE, f"--disaggregation-mode {role} --speedup-ratio 100", max_examples=4, seed=1)
+    rules = [rule for rule in load_catalogue().values() if rule.id.startswith(areas)]
+    verdicts = list(verdicts_of(settings, rules))
+    assert not {verdict.rule.id: verdict.finding.message for verdict in verdicts if verdict.outcome is Outcome.FAILED}
+    passed = {verdict.rule.id for verdict in verdicts if verdict.outcome is Outcome.PASSED}
+    wanted = ("prefill_one", "prefill_params") if role == "prefill" else ("decode_requires",)
+    assert {"disagg.handoff", *(f"disagg.{name}" for name in wanted)} <= passed

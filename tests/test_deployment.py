@@ -13,8 +13,11 @@ from mock_engine.deployment import DeploymentSettings, WorkerGroup
 from mock_engine.errors import ConfigError
 from mock_engine.profile import load_profile, to_document
 from mock_engine.profile_writing import write_folder
+from mock_engine.simulation import SimulationSettings
+from mock_engine.workload import Workload
 from tests.helpers.deployments import (
     BLOCK_SIZE,
+    MAX_MODEL_LEN,
     aggregated,
     check_that_nothing_is_left,
     conversation,
@@ -25,6 +28,7 @@ from tests.helpers.deployments import (
     single,
     small_engine,
     transfer_bandwidth,
+    watch,
 )
 
 ISL = 20
@@ -385,3 +389,47 @@ def test_workers_with_kv_blocks_of_different_sizes_are_refused():
     groups = (*aggregated(1).groups, *aggregated(1, small_engine(block_size=2 * BLOCK_SIZE)).groups)
     with pytest.raises(ConfigError, match="KV blocks of 4 and 8 tokens; a router needs one size"):
         send(DeploymentSettings(groups), [single(ISL, 1)])
+
+
+@pytest.mark.parametrize("engine_type", ["vllm", "sglang", "trtllm"])
+@pytest.mark.parametrize("max_num_seqs", [1, 2])
+def test_a_full_decode_worker_goes_on_though_blocks_are_promised_to_those_who_come(engine_type, max_num_seqs):
+    """Who decodes may have to give way to KV caches on their way, and must not wait for them in vain."""
+    num_preemptions = 0
+    for seed in range(6):
+        engine = small_engine(
+            engine_type=engine_type,
+            num_gpu_blocks_override=MAX_MODEL_LEN // BLOCK_SIZE + seed,
+            max_num_seqs=max_num_seqs,
+            enable_prefix_caching=bool(seed % 2),
+        )
+        workload = Workload(
+            isl=20, isl_stddev=14.0, osl=25, osl_stddev=18.0, concurrency=6, request_count=24, random_seed=seed
+        )
+        watched = watch(SimulationSettings(disaggregated(1, 1, engine, engine), workload))
+        check_that_nothing_is_left(watched)
+        num_preemptions += sum(job.num_preemptions for job in watched.jobs)
+    assert num_preemptions or engine_type != "vllm"  # it did come to that
+
+
+def test_where_the_decode_worker_is_full_the_transfer_waits_for_blocks():
+    """Its links are free all the time; what is missing are blocks, and who decodes has them until he ends."""
+    num_blocks = MAX_MODEL_LEN // BLOCK_SIZE
+    decode = small_engine(num_gpu_blocks_override=num_blocks)
+    kept = []
+    watched = send(
+        disaggregated(1, 1, small_engine(), decode, kv_transfer_bandwidth=64.0),
+        [single(60, 30), single(50, 2)],
+        probes={
+            time_s: lambda deployment: kept.append(
+                (deployment.ranks[0].engine.core.scheduler.num_kept_blocks, deployment.ranks[1].drive.num_waiting)
+            )
+            for time_s in (0.1, 0.15)
+        },
+    )
+    check_that_nothing_is_left(watched)
+    first, second = watched.jobs
+    assert kept == [(13, 0), (13, 0)]  # 50 tokens in blocks of 4, and the decode worker has no request of theirs queued
+    assert first.last_token_s is not None
+    assert second.first_token_s is not None
+    assert second.first_token_s > first.last_token_s
