@@ -283,7 +283,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             if not self._open:
                 break
             await asyncio.sleep(_PARTING_LOOK_S)
-        self._planning.shutdown(cancel_futures=True)
+        self._planning.shutdown()  # what is planned now takes milliseconds, and finds the engine stopped
         if self._announcement is not None:
             self._announcement.stop()
         recording, self._recording = self._recording, None
@@ -405,6 +405,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 loop = asyncio.get_running_loop()
                 plan = partial(self._role.plan, self._planner, request_id, request)
                 answers, handoff = await loop.run_in_executor(self._planning, plan)
+                if self._is_stopped:
+                    raise EngineShutdown("the engine is not running")
             else:
                 answers, handoff = self._role.plan(self._planner, request_id, request)
             drive = self._drives[choose_rank(request, self._drives)]

@@ -12,7 +12,7 @@ import pytest
 
 from conformance.bridge import BridgeStream
 from conformance.context import RequestContext
-from mock_engine.dynamo_release import InvalidArgument
+from mock_engine.dynamo_release import EngineShutdown, InvalidArgument
 from mock_engine.llm_engine import MockLLMEngine
 from tests.helpers.content import EOS, WRITER
 from tests.helpers.jumping_loop import LoopClock, run
@@ -65,6 +65,33 @@ def test_a_constraint_that_cannot_be_used_is_the_client_s_error():
         async with serving() as engine:
             with pytest.raises(InvalidArgument, match="Invalid type: foo"):
                 await answer(engine, {"sampling_options": {"guided_decoding": {"json": {"type": "foo"}}}})
+
+    run(main())
+
+
+def test_an_answer_that_is_planned_while_the_engine_stops_is_left_to_another_worker():
+    async def main():
+        async with serving() as engine:
+            is_planning, may_go_on = threading.Event(), threading.Event()
+            plan = engine._role.plan
+
+            def slow_plan(*args):
+                is_planning.set()
+                assert may_go_on.wait(10)
+                return plan(*args)
+
+            engine._role.plan = slow_plan
+            sampling = {"guided_decoding": {"json": {"type": "object"}}}
+            read = asyncio.create_task(answer(engine, {"sampling_options": sampling}))
+            while not is_planning.is_set():  # noqa: ASYNC110  (another thread sets it)
+                await asyncio.sleep(0)
+            stop = asyncio.create_task(engine.cleanup())
+            while not engine._is_stopped:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            may_go_on.set()
+            with pytest.raises(EngineShutdown):
+                await read
+            await stop
 
     run(main())
 
