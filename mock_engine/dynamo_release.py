@@ -6,12 +6,17 @@ Everything that the rest of the package takes from Dynamo comes from here.
 
 from __future__ import annotations
 
+import operator
 import sys
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import reduce
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from mock_engine.errors import ConfigError
 
 try:
     # 1.2 to 1.6 have it here; its README announces the move to `dynamo.backend`.
@@ -37,11 +42,13 @@ DisaggregationMode: Any = import_module(f"{_backend.__name__.rpartition('.')[0]}
 worker_namespace: Callable[[str], str] = import_module("dynamo.common.utils.namespace").get_worker_namespace
 ERROR_TYPES: dict[str, type[Exception]] = {name: getattr(_exceptions, name) for name in faults.ERROR_TYPES}
 
+HAS_ADAPTERS = hasattr(LLMEngine, "on_endpoint_ready")  # from 1.3 on: without the endpoint none can be announced
 HAS_DRAIN = hasattr(LLMEngine, "drain")  # of 1.2 only; where the base class has none, nobody calls it
 HAS_KV_ROUTING = hasattr(WorkerConfig, "enable_kv_routing")  # from 1.3 on workers publish KV events and loads
 
 __all__ = [
     "ERROR_TYPES",
+    "HAS_ADAPTERS",
     "HAS_DRAIN",
     "HAS_KV_ROUTING",
     "DisaggregationMode",
@@ -50,13 +57,16 @@ __all__ = [
     "LLMEngine",
     "WorkerConfig",
     "add_metrics",
+    "check_answers",
     "component_snapshot",
     "dynamo_version",
     "engine_config",
     "health_check_payload",
     "list_of_token_ids",
     "push_source",
+    "register_adapter",
     "run_backend",
+    "tool_options",
     "worker_namespace",
 ]
 
@@ -139,6 +149,74 @@ def add_metrics(metrics: Any, text: Callable[[], str], add_labels: Callable[[Map
     """
     add_labels(dict(metrics.auto_labels))
     metrics.register_prometheus_expfmt_callback(text)
+
+
+def check_answers(tool_call_parser: str | None, reasoning_parser: str | None, adapters: Sequence[str]) -> None:
+    """Raise `ConfigError` for what this release does not have: it would stop the worker, or be ignored."""
+    core = import_module("dynamo._core")
+    for flag, name, known in (
+        ("--dyn-tool-call-parser", tool_call_parser, core.get_tool_parser_names()),
+        ("--dyn-reasoning-parser", reasoning_parser, core.get_reasoning_parser_names()),
+    ):
+        if name is not None and name not in known:
+            raise ConfigError(f"{flag} is {name!r}; ai-dynamo {dynamo_version()} has: none, {', '.join(sorted(known))}")
+    if adapters and not HAS_ADAPTERS:
+        raise ConfigError(
+            f"--lora-modules needs ai-dynamo 1.3 or newer, and this is {dynamo_version()}, "
+            f"where an engine cannot tell the frontend of adapters. Leave it out."
+        )
+
+
+def tool_options(tool_call_parser: str | None) -> dict[str, Any]:
+    """
+    What of `WorkerConfig` lets tools come to the engine: a structural tag with all schemas, for every `tool_choice`.
+
+    From 1.3 on; 1.6 has it in one option. In 1.2 an engine hears only of tools that it must call.
+    """
+    options: dict[str, Any] = {"tool_call_parser": tool_call_parser}
+    if tool_call_parser is None:
+        return options
+    known = {each.name for each in fields(WorkerConfig)}
+    if "structural_tag_mode" in known:
+        options.update(structural_tag_mode="on", structural_tag_scope="always", structural_tag_schema="strict")
+    elif "structural_tag" in known:
+        options["structural_tag"] = {"scope": "always", "schema": "strict"}
+    return options
+
+
+async def register_adapter(
+    endpoint: Any, name: str, model_path: str, block_size: int, max_loras: int, worker_config: Any
+) -> None:
+    """
+    Announce a LoRA adapter, so that the frontend lists it as a model of this worker.
+
+    The frontend takes it only once it knows the worker's own model, of which no engine is told (1.3 to 1.6).
+    """
+    llm = import_module("dynamo.llm")
+    runtime = llm.ModelRuntimeConfig()
+    runtime.tool_call_parser = worker_config.tool_call_parser
+    runtime.reasoning_parser = worker_config.reasoning_parser
+    tags = tool_options(worker_config.tool_call_parser)
+    if "structural_tag_mode" in tags:
+        runtime.set_structural_tag_mode(tags["structural_tag_mode"])
+        runtime.set_structural_tag_scope(tags["structural_tag_scope"])
+        runtime.set_structural_tag_schema(tags["structural_tag_schema"])
+    elif "structural_tag" in tags:
+        runtime.set_structural_tag(tags["structural_tag"])
+    kinds = {"chat": llm.ModelType.Chat, "completions": llm.ModelType.Completions}
+    types = [kinds[kind] for kind in worker_config.endpoint_types.split(",") if kind in kinds]
+    await llm.register_model(
+        llm.ModelInput.Tokens,
+        reduce(operator.or_, types or kinds.values()),
+        endpoint,
+        model_path,
+        worker_type=llm.WorkerType.Aggregated,
+        kv_cache_block_size=block_size,
+        runtime_config=runtime,
+        lora_name=name,
+        base_model_path=model_path,
+        max_gpu_lora_count=max_loras,
+    )
 
 
 def list_of_token_ids(token_ids: Any) -> list[int]:

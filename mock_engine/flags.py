@@ -19,6 +19,7 @@ from mock_engine.planes import CHOICES, Planes
 from mock_engine.roles import ROLES
 from mock_engine.router_settings import ROUTER_MODES, RouterSettings
 from mock_engine.waiting_queue import SCHEDULING_POLICIES
+from mock_engine.worker_settings import WorkerSettings
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -26,6 +27,14 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class _Extend(argparse.Action):
+    """Like argparse's `extend`, into a tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        del parser, option_string
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, is_live: bool = True) -> None:
@@ -135,6 +144,7 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long a prefill worker keeps a KV cache that no decode worker asks for (%(default)s)",
     )
+    _add_answer_flags(parser)
     faults = parser.add_argument_group("faults", "what is to go wrong on purpose, and when: docs/faults.md")
     faults.add_argument(
         "--fault",
@@ -145,6 +155,51 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
         help="such as kv:share=0.9,at=60,for=10; may be given several times",
     )
     faults.add_argument("--faults", dest="faults", action=_AddFaults, default=(), metavar="FILE", help="TOML")
+
+
+def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
+    """What answers contain."""
+    defaults = WorkerSettings()
+    group = parser.add_argument_group("answers", "what they contain: docs/requests.md")
+    group.add_argument(
+        "--tool-call-ratio",
+        type=float,
+        default=defaults.tool_call_ratio,
+        metavar="SHARE",
+        help="share of answers that call a tool, where the client offers tools and leaves it open (%(default)s)",
+    )
+    group.add_argument(
+        "--reasoning-ratio",
+        type=float,
+        default=defaults.reasoning_ratio,
+        metavar="SHARE",
+        help="share of answers that begin with thoughts (%(default)s)",
+    )
+    group.add_argument(
+        "--reasoning-osl", type=int, default=defaults.reasoning_osl, help="mean tokens of thoughts (%(default)s)"
+    )
+    group.add_argument(
+        "--dyn-tool-call-parser",
+        default=defaults.dyn_tool_call_parser,
+        metavar="NAME",
+        help="in which of Dynamo's formats tools are called; none: not at all (%(default)s)",
+    )
+    group.add_argument(
+        "--dyn-reasoning-parser",
+        metavar="NAME",
+        help="how Dynamo finds thoughts (default: qwen3 where there are any, none otherwise)",
+    )
+    group.add_argument(
+        "--lora-modules",
+        nargs="+",
+        action=_Extend,
+        default=(),
+        metavar="NAME[=SECONDS]",
+        help="LoRA adapters that clients may name as model, and the time to load each",
+    )
+    group.add_argument(
+        "--max-loras", type=int, default=defaults.max_loras, help="adapters loaded at once (%(default)s)"
+    )
 
 
 class _AddFaults(argparse.Action):

@@ -34,19 +34,26 @@ class LiveRequest:
         max_tokens: int | None = None,
         is_probe: bool = False,
         fault: RequestFault | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.request_id = request_id
+        self.adapter = adapter  # the LoRA adapter that it runs with
         self.answers = answers
         self.stream = stream
         self._num_cached_tokens = num_cached_tokens  # of a prompt that was computed elsewhere
         self.max_tokens = max_tokens  # what the client asked for
         self.is_probe = is_probe  # asked by Dynamo's health check, and of no interest to anybody else
         self.is_closed = False  # nothing of it goes out any more
-        self.num_sent = 0  # tokens, over all choices
         self.is_cancelled = False
         self.fault = fault if fault is not None and fault.breaks else None
+        self._num_sent = [0] * len(answers)  # tokens of each choice
         self._num_left = len(answers)
         self._arrival_unix_s = time.time()
+
+    @property
+    def num_sent(self) -> int:
+        """Tokens, over all choices."""
+        return sum(self._num_sent)
 
     @property
     def is_ended(self) -> bool:
@@ -80,16 +87,24 @@ class LiveRequest:
             if not tokens:
                 return []
         self.stream.drive.note_sent(self.stream, tokens)
-        self.num_sent += len(tokens)
         chunks: dict[int, dict[str, Any]] = {}
         for token in tokens:
             choice = token.sequence.request.choice
             chunk = chunks.setdefault(choice, {"token_ids": [], "index": choice})
             chunk["token_ids"].append(self.answers[choice].token_ids[token.output_index])
+            self._num_sent[choice] += 1
             self._num_left -= token.is_last
+        for choice, chunk in chunks.items():
+            logprobs = self.answers[choice].logprobs
+            if logprobs is not None:
+                num_sent = self._num_sent[choice]
+                chunk.update(logprobs.of(num_sent - len(chunk["token_ids"]), num_sent))
         last = list(chunks.values())[-1]
         if self.is_ended:
-            last.update(finish_reason=self.answers[last["index"]].finish_reason, completion_usage=self.usage())
+            answer = self.answers[last["index"]]
+            last.update(finish_reason=answer.finish_reason, completion_usage=self.usage())
+            if answer.engine_data is not None:
+                last["engine_data"] = answer.engine_data
         return list(chunks.values())
 
     def cancelled_chunk(self) -> dict[str, Any]:
@@ -107,13 +122,19 @@ class LiveRequest:
         }
         if num_cached_tokens is not None:
             usage["prompt_tokens_details"] = {"cached_tokens": num_cached_tokens}
+        details: dict[str, int] = {}
         num_drafts = sum(sequence.num_draft_tokens for sequence in self.stream.sequences)
         if num_drafts:
             num_accepted = sum(sequence.num_accepted_tokens for sequence in self.stream.sequences)
-            usage["completion_tokens_details"] = {
+            details = {
                 "accepted_prediction_tokens": num_accepted,
                 "rejected_prediction_tokens": num_drafts - num_accepted,
             }
+        num_reasoning = sum(map(min, self._num_sent, (answer.num_reasoning_tokens for answer in self.answers)))
+        if num_reasoning:
+            details["reasoning_tokens"] = num_reasoning
+        if details:
+            usage["completion_tokens_details"] = details
         return usage
 
     def finish_reasons(self) -> list[str]:

@@ -17,16 +17,20 @@ import logging
 import os
 import tempfile
 from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mock_engine.adapter_announcement import Announcement
+from mock_engine.content import Content
 from mock_engine.controls import CONTROLS, UPDATES, Controls
 from mock_engine.core import Token
 from mock_engine.dcgm import DcgmCollector, DcgmServer
 from mock_engine.drive_realtime import RealTimeDrive, Stream
 from mock_engine.dynamo_release import (
     ERROR_TYPES,
+    HAS_ADAPTERS,
     HAS_DRAIN,
     HAS_KV_ROUTING,
     DisaggregationMode,
@@ -35,11 +39,13 @@ from mock_engine.dynamo_release import (
     LLMEngine,
     WorkerConfig,
     add_metrics,
+    check_answers,
     component_snapshot,
     engine_config,
     health_check_payload,
     list_of_token_ids,
     push_source,
+    tool_options,
     worker_namespace,
 )
 from mock_engine.engine_settings import Engine, build_engines
@@ -51,6 +57,7 @@ from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags,
 from mock_engine.handoff import is_probe
 from mock_engine.kv_feed import KvFeed, KvLoad
 from mock_engine.live_request import LiveRequest
+from mock_engine.lora import Adapters, parse_lora_modules
 from mock_engine.output_tokens import OutputTokens
 from mock_engine.prompt import Planner
 from mock_engine.rank_choice import choose_rank
@@ -64,11 +71,13 @@ from mock_engine.worker_settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
+_POLL_S = 0.02  # how often a request looks whether its LoRA adapter has room
+
 # How often and when `cleanup` looks whether all readers have heard that their streams are over. If the process ends
 # before, Dynamo 1.4.2 dies of SIGABRT ("exception not rethrown"), and its keys in etcd stay until their lease is over.
 _NUM_PARTING_LOOKS, _PARTING_LOOK_S = 25, 0.02
 _STOPS = "the worker stops before the answer is whole"
-_POLL_S = 0.02  # how often a request that hangs is asked whether its client has gone
+__POLL_S = 0.02  # how often a request that hangs is asked whether its client has gone
 
 
 class MockLLMEngine(LLMEngine):  # type: ignore[misc]
@@ -85,6 +94,9 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         self._open: dict[Stream, LiveRequest] = {}  # `_close` changes it on any thread
         self._is_stopped = False
         self._is_traced = is_traced()
+        self._adapters = Adapters(parse_lora_modules(settings.lora_modules), settings.max_loras)
+        self._announcement: Announcement | None = None
+        self._planning = ThreadPoolExecutor(1, "mock-engine-plan")  # a thread comes with the first slow request
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> tuple[MockLLMEngine, Any]:
@@ -98,6 +110,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             settings = WorkerSettings.from_flags(flags)
             if any(fault.worker is not None for fault in settings.faults):
                 raise ConfigError("a --fault names a worker, which only 'mock-engine serve' and 'bench' can do")
+            check_answers(settings.tool_call_parser, settings.reasoning_parser, settings.lora_modules)
             engine = cls(settings)
             _ = engine._planner  # finds every wrong setting before Dynamo starts
             Recorder(settings.record, settings.status).close()
@@ -115,6 +128,11 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             event_plane=flags.event_plane,
             disaggregation_mode=DisaggregationMode(settings.disaggregation_mode),
             **({"enable_kv_routing": settings.enable_kv_routing is not False} if HAS_KV_ROUTING else {}),
+            reasoning_parser=settings.reasoning_parser,
+            **tool_options(settings.tool_call_parser),
+        )
+        engine._announcement = Announcement(
+            config, tuple(parse_lora_modules(settings.lora_modules)), settings.max_loras, engine._engine.block_size
         )
         return engine, config
 
@@ -202,7 +220,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         adapter stops reading at the first. Raises `InvalidArgument` for a request that cannot be served,
         `EngineShutdown` when the engine is not running.
         """
-        live = self._admit(request, context)
+        adapter = await self._load_adapter(request, context)
+        live = await self._admit(request, context, adapter)
         spans = start_spans(context) if self._is_traced else NO_SPANS
         live.stream.on_started = spans.started
         try:
@@ -236,6 +255,13 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             if live.request_id == context.id():
                 live.cancel()
 
+    if HAS_ADAPTERS:
+
+        async def on_endpoint_ready(self, endpoint: Any) -> None:
+            """Announce the LoRA adapters, in the background: the worker's own model comes first, and after this."""
+            if self._announcement is not None:
+                self._announcement.start(endpoint)
+
     async def cleanup(self) -> None:
         """
         Stop and release everything. Safe before `start`, after it failed, twice.
@@ -257,6 +283,9 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             if not self._open:
                 break
             await asyncio.sleep(_PARTING_LOOK_S)
+        self._planning.shutdown()  # what is planned now takes milliseconds, and finds the engine stopped
+        if self._announcement is not None:
+            self._announcement.stop()
         recording, self._recording = self._recording, None
         if recording is not None:
             await recording.stop()
@@ -337,22 +366,49 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
 
     @cached_property
     def _planner(self) -> Planner:
+        words = OutputTokens.from_model_path(self.settings.model_path)
         return Planner(
-            OutputTokens.from_model_path(self.settings.model_path),
+            words,
             self._engine.scheduler.max_model_len,
             self._engine.block_size,
             self.settings.engine.default_osl,
             self.settings.engine.seed,
             list_of_token_ids,
+            Content.from_model_path(self.settings.model_path, words, self.settings.content),
         )
 
-    def _admit(self, request: Mapping[str, Any], context: Any) -> LiveRequest:
+    async def _load_adapter(self, request: Mapping[str, Any], context: Any) -> str | None:
+        """The LoRA adapter that a request needs, once it is loaded, or the client has gone. None: the base model."""
+        try:
+            name = self._adapters.name_in(request)
+        except RequestError as error:
+            raise InvalidArgument(str(error)) from error
+        speedup_ratio = self.settings.engine.speedup_ratio
+        if name is None or speedup_ratio == 0:
+            return name
+        loop = asyncio.get_running_loop()
+        while not (context.is_stopped() or self._is_stopped):
+            in_use = {live.adapter for live in self._open.copy().values() if live.adapter is not None}
+            wait_s = self._adapters.wait_s(name, loop.time() * speedup_ratio, in_use)
+            if wait_s == 0:
+                break
+            await asyncio.sleep(_POLL_S if wait_s is None else min(_POLL_S, wait_s / speedup_ratio))
+        return name
+
+    async def _admit(self, request: Mapping[str, Any], context: Any, adapter: str | None) -> LiveRequest:
         """Plan the answer and queue it. Raises `InvalidArgument` or `EngineShutdown`."""
         if not self._drives or self._is_stopped:
             raise EngineShutdown("the engine is not running")
         request_id = context.id()
         try:
-            answers, handoff = self._role.plan(self._planner, request_id, request)
+            if Planner.is_slow(request):
+                loop = asyncio.get_running_loop()
+                plan = partial(self._role.plan, self._planner, request_id, request)
+                answers, handoff = await loop.run_in_executor(self._planning, plan)
+                if self._is_stopped:
+                    raise EngineShutdown("the engine is not running")
+            else:
+                answers, handoff = self._role.plan(self._planner, request_id, request)
             drive = self._drives[choose_rank(request, self._drives)]
             fault = None if self.faults.is_empty else self.faults.admit(drive.now_s(), drive.dp_rank)
             if fault is not None and fault.error is not None and not fault.error.tokens:
@@ -365,7 +421,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             raise EngineShutdown(str(error)) from error
         num_cached_tokens = None if handoff is None else handoff.num_cached_tokens
         live = LiveRequest(
-            request_id, answers, stream, num_cached_tokens, _max_tokens(request), is_probe(request), fault
+            request_id, answers, stream, num_cached_tokens, _max_tokens(request), is_probe(request), fault, adapter
         )
         self._open[stream] = live
         return live
@@ -376,7 +432,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         if live.fault.error is not None and live.num_sent >= live.fault.error.tokens:
             _raise_error(live.fault)
         while not (context.is_stopped() or live.is_cancelled or self._is_stopped):  # noqa: ASYNC110
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(__POLL_S)
         if self._is_stopped and not context.is_stopped():
             raise EngineShutdown(_STOPS)
 

@@ -55,7 +55,7 @@ class OutputTokens:
         """The usable ids of the tokenizer in a local model folder. Raises `ConfigError` if there are too few."""
         folder = Path(model_path)
         path = find_tokenizer(folder)
-        tokenizer = _load_tokenizer(path)
+        tokenizer = load_tokenizer(path)
         eos_token_ids = _find_eos_token_ids(folder, tokenizer)
         found = _known_words(folder, path.read_bytes()) or find_words(tokenizer, eos_token_ids)
         if len(found) >= MIN_WORDS:
@@ -135,7 +135,8 @@ def find_tokenizer(model_path: Path) -> Path:
     return path
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json. Raises `ConfigError` if the library cannot load it."""
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower

@@ -42,15 +42,15 @@ class Request:
             raise RequestError(f"{self.osl_tokens} output tokens were asked for; at least 1 is needed")
 
 
-def hash_blocks(token_ids: Sequence[int], block_size: int) -> tuple[int, ...]:
+def hash_blocks(token_ids: Sequence[int], block_size: int, salt: int = 0) -> tuple[int, ...]:
     """
-    One hash for each full block of `block_size` tokens, chained: equal hashes mean equal prefixes.
+    One hash for each full block of `block_size` tokens, chained: equal hashes mean equal prefixes and equal salts.
 
     The trailing partial block has none. Hashes are signed 64-bit and, for ints,
     the same in every process (Python randomizes only the hashes of strings and bytes).
     """
     hashes = []
-    parent = 0
+    parent = salt
     for start in range(0, len(token_ids) - block_size + 1, block_size):
         parent = hash((parent, *token_ids[start : start + block_size]))
         hashes.append(parent)

@@ -48,6 +48,9 @@ BOS, EOS, SYSTEM, USER, ASSISTANT, TOOL, UNKNOWN = SPECIAL_TOKENS = (
     "<|tool|>",
     "<|unknown|>",
 )
+# Marks of reasoning and of tool calls: one token each, as with Qwen, and shown as text. Dynamo (1.4.2) reads a mark of
+# reasoning only where it comes in one piece.
+THINK, END_THINK, TOOL_CALL, END_TOOL_CALL = MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 MAX_PIECE_LETTERS = 64
 MAX_MODEL_LEN = 1_048_576  # the engine registers the real one; this only must not be in the way
 
@@ -68,13 +71,16 @@ PIECES = "|".join(
 
 # A first user message costs one token, the generation prompt. AIPerf compares its own count, without a
 # template, with `usage.prompt_tokens` and warns above 10 %: one token keeps it silent from ISL 10. Parts of a
-# message are joined with a line break, as Dynamo does before the template sees them.
+# message are joined with a line break, as Dynamo does before the template sees them. Tools come first, one a line.
 CHAT_TEMPLATE = (
+    "{%- if tools -%}{{- '<|system|>' -}}"
+    "{%- for tool in tools -%}{{- tool | tojson -}}{{- '\\n' -}}{%- endfor -%}"
+    "{%- endif -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' or message['role'] == 'developer' -%}{{- '<|system|>' -}}"
     "{%- elif message['role'] == 'assistant' -%}{{- '<|assistant|>' -}}"
     "{%- elif message['role'] == 'tool' -%}{{- '<|tool|>' -}}"
-    "{%- elif not loop.first -%}{{- '<|user|>' -}}"
+    "{%- elif tools or not loop.first -%}{{- '<|user|>' -}}"
     "{%- endif -%}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
     "{%- elif message['content'] -%}"
@@ -83,6 +89,11 @@ CHAT_TEMPLATE = (
     "{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
     "{%- endfor -%}"
     "{%- endif -%}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{%- set arguments = call['function']['arguments'] -%}"
+    "{{- '<tool_call>\\n{\"name\": ' -}}{{- call['function']['name'] | tojson -}}{{- ', \"arguments\": ' -}}"
+    "{{- arguments if arguments is string else arguments | tojson -}}{{- '}\\n</tool_call>' -}}"
+    "{%- endfor -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
@@ -92,14 +103,14 @@ def build_files() -> dict[str, str]:
     """The content of every file of the folder, by name."""
     vocabulary = build_vocabulary()
     num_words = len(vocabulary)
-    special_ids = {token: num_words + i for i, token in enumerate(SPECIAL_TOKENS)}
-    bos_id, eos_id = special_ids[BOS], special_ids[EOS]
-    tokenizer_json = _tokenizer_json(vocabulary, special_ids)
+    added_ids = {token: num_words + i for i, token in enumerate((*SPECIAL_TOKENS, *MARKS))}
+    bos_id, eos_id = added_ids[BOS], added_ids[EOS]
+    tokenizer_json = _tokenizer_json(vocabulary, added_ids)
     return {
         "tokenizer.json": tokenizer_json,
         WORDS_FILE: words_json(tokenizer_json),
-        "tokenizer_config.json": _json(_tokenizer_config(special_ids)),
-        "config.json": _json(_model_config(num_words + len(SPECIAL_TOKENS), bos_id, eos_id)),
+        "tokenizer_config.json": _json(_tokenizer_config(added_ids)),
+        "config.json": _json(_model_config(num_words + len(added_ids), bos_id, eos_id)),
         "generation_config.json": _json({"bos_token_id": bos_id, "eos_token_id": eos_id}),
     }
 
@@ -193,14 +204,14 @@ def _in_byte_letters(text: str, letters: list[str]) -> str:
     return "".join(letters[byte] for byte in text.encode())
 
 
-def _tokenizer_json(vocabulary: list[str], special_ids: dict[str, int]) -> str:
+def _tokenizer_json(vocabulary: list[str], added_ids: dict[str, int]) -> str:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated", "invert": False}
     content: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": id_, "content": token, **_SPECIAL} for token, id_ in special_ids.items()],
+        "added_tokens": [{"id": id_, **_added_token(token)} for token, id_ in added_ids.items()],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
@@ -216,10 +227,13 @@ def _tokenizer_json(vocabulary: list[str], special_ids: dict[str, int]) -> str:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-_SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+def _added_token(token: str) -> dict[str, Any]:
+    is_special = token in SPECIAL_TOKENS
+    options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": is_special}
+    return {"content": token, **options}
 
 
-def _tokenizer_config(special_ids: dict[str, int]) -> dict[str, Any]:
+def _tokenizer_config(added_ids: dict[str, int]) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": MAX_MODEL_LEN,
@@ -228,7 +242,7 @@ def _tokenizer_config(special_ids: dict[str, int]) -> dict[str, Any]:
         "add_eos_token": False,
         "bos_token": BOS,
         "eos_token": EOS,
-        "added_tokens_decoder": {str(id_): {"content": token, **_SPECIAL} for token, id_ in special_ids.items()},
+        "added_tokens_decoder": {str(id_): _added_token(token) for token, id_ in added_ids.items()},
         "chat_template": CHAT_TEMPLATE,
     }
 

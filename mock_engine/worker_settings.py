@@ -10,10 +10,12 @@ import dataclasses
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from mock_engine.content import ContentSettings
 from mock_engine.engine_settings import DEFAULT_TOKENIZER, EngineSettings, argv_of
 from mock_engine.errors import ConfigError
 from mock_engine.faults import Fault, of_worker
 from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, DEFAULT_TIMEOUT_S, check_bandwidth
+from mock_engine.lora import parse_lora_modules
 from mock_engine.output_tokens import find_tokenizer
 from mock_engine.roles import ROLES
 
@@ -37,6 +39,13 @@ class WorkerSettings:
     dcgm_port: int | None = None  # of an endpoint with the GPUs' metrics; 0: any free one
     dcgm_host: str = "127.0.0.1"
     faults: tuple[Fault, ...] = ()  # what is to go wrong on purpose
+    tool_call_ratio: float = 0.5
+    reasoning_ratio: float = 0.0
+    reasoning_osl: int = 128
+    dyn_tool_call_parser: str = "hermes"
+    dyn_reasoning_parser: str | None = None  # default: qwen3 where answers have thoughts, none otherwise
+    lora_modules: tuple[str, ...] = ()
+    max_loras: int = 1
 
     def __post_init__(self) -> None:
         if self.dcgm_port is not None and not 0 <= self.dcgm_port <= 65_535:
@@ -51,6 +60,31 @@ class WorkerSettings:
         check_bandwidth(self.kv_transfer_bandwidth)
         if not 0 < self.kv_transfer_timeout < float("inf"):
             raise ConfigError(f"--kv-transfer-timeout is {self.kv_transfer_timeout:g}; it must be above 0, in seconds")
+        _ = self.content
+        parse_lora_modules(self.lora_modules)
+        if self.lora_modules and self.disaggregation_mode != "agg":
+            raise ConfigError(
+                f"--lora-modules goes with workers that do all of a request, and --disaggregation-mode is "
+                f"{self.disaggregation_mode}. Leave one of them out."
+            )
+        if self.max_loras < 1:
+            raise ConfigError(f"--max-loras is {self.max_loras}; it must be at least 1")
+
+    @property
+    def content(self) -> ContentSettings:
+        """What answers contain."""
+        return ContentSettings(self.tool_call_ratio, self.reasoning_ratio, self.reasoning_osl)
+
+    @property
+    def tool_call_parser(self) -> str | None:
+        """Dynamo's name of it; None where it is turned off."""
+        return None if self.dyn_tool_call_parser == "none" else self.dyn_tool_call_parser
+
+    @property
+    def reasoning_parser(self) -> str | None:
+        """Dynamo's name of it; None where it is turned off, or has nothing to do."""
+        parser = self.dyn_reasoning_parser or ("qwen3" if self.reasoning_ratio else "none")
+        return None if parser == "none" else parser
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> WorkerSettings:

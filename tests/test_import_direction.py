@@ -12,15 +12,18 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors request session",
     "step speculation kv_blocks latency_table monotone roofline gpu_datasheets engine_defaults profile"
-    " model_config profile_writing roles kv_transfer lateness tokenizer_words output_tokens aiperf_schema columns"
+    " model_config profile_writing roles kv_transfer lateness tokenizer_words output_tokens grammar_writer logprobs"
+    " lora aiperf_schema columns"
     " slos state_log json_file bucket_counts metric_tables gpu_work gpu_power faults fault_injector"
     " event_file",
     "sequence decode_batch speculative_batch waiting_queue scheduler_config scheduler vllm_scheduler"
-    " sglang_scheduler trtllm_scheduler drafting timing step_times prompt handoff kv_events",
+    " sglang_scheduler trtllm_scheduler drafting timing step_times structural_tag guided content"
+    " prompt handoff kv_events",
     "core",
     "realtime_clock kv_channel kv_sender kv_fetcher recorder drive_realtime drive_virtual engine_settings"
     " trace_files workload aiperf_records simulation_results step_stats step_profile",
-    "router_settings flags dynamo_release worker_settings worker_roles live_request recording kv_feed rank_choice"
+    "router_settings flags dynamo_release worker_settings worker_roles live_request recording kv_feed"
+    " rank_choice adapter_announcement"
     " planes engine_stats exposition dcgm request_spans controls llm_engine routing deployment clients simulation",
 )  # every other module is in one more row, the last
 ROW_OF = {module: number for number, row in enumerate(ROWS, start=1) for module in row.split()}

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from mock_engine.content import Content
+from mock_engine.engine_settings import DEFAULT_TOKENIZER
 from mock_engine.errors import RequestError
-from mock_engine.output_tokens import OutputTokens
+from mock_engine.grammar_writer import GrammarWriter
+from mock_engine.output_tokens import OutputTokens, load_tokenizer
 from mock_engine.prompt import Planner
 
 MAX_MODEL_LEN = 64
@@ -19,8 +22,13 @@ EOS = 1000
 WORD_IDS = range(20)  # so few that every stop token comes up
 
 
-def make_planner(default_osl=10, seed=0, eos_token_ids=(EOS,)):
-    return Planner(OutputTokens(WORD_IDS, eos_token_ids), MAX_MODEL_LEN, BLOCK_SIZE, default_osl, seed, list)
+TOKENIZER = load_tokenizer(DEFAULT_TOKENIZER / "tokenizer.json")
+
+
+def make_planner(default_osl=10, seed=0, eos_token_ids=(EOS,), max_model_len=MAX_MODEL_LEN, settings=None):
+    words = OutputTokens(WORD_IDS, eos_token_ids)
+    content = Content(GrammarWriter(TOKENIZER, words.word_ids, words.eos_token_ids), words, settings)
+    return Planner(words, max_model_len, BLOCK_SIZE, default_osl, seed, list, content)
 
 
 def plan(prompt, sampling=None, planner=None, eos_token_ids=None, **stop):
@@ -106,7 +114,7 @@ def test_without_max_tokens_ignoring_eos_fills_the_context(prompt, seed):
 
 
 def test_answers_without_max_tokens_are_as_long_as_asked_on_average():
-    planner = Planner(OutputTokens(WORD_IDS, [EOS]), 100_000, 16, 200, 0, list)
+    planner = make_planner(default_osl=200, max_model_len=100_000)
     lengths = [plan_one([1, 2], {"seed": seed}, planner).request.osl_tokens for seed in range(4000)]
     mean = sum(lengths) / len(lengths)
     assert mean == pytest.approx(200, rel=0.03)  # the standard error is 0.8 %

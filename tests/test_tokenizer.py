@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import mock_engine
-from mock_engine.tokenizer_build import BOS, EOS, PIECES, SPECIAL_TOKENS, build_files
+from mock_engine.tokenizer_build import BOS, EOS, MARKS, PIECES, SPECIAL_TOKENS, build_files
 from mock_engine.tokenizer_words import COMMON_WORDS, WORDS
 
 FOLDER = Path(mock_engine.__file__).parent / "tokenizer"
@@ -133,9 +133,18 @@ def test_english_takes_about_four_characters_a_token() -> None:
 
 def test_nothing_but_a_special_token_is_special() -> None:
     added = TOKENIZER.get_added_tokens_decoder()
-    assert [token.content for _, token in sorted(added.items())] == list(SPECIAL_TOKENS)
-    assert all(token.special for token in added.values())
-    assert set(added) == set(range(min(added), TOKENIZER.get_vocab_size())), "special ids are the last ones"
+    assert [token.content for _, token in sorted(added.items())] == [*SPECIAL_TOKENS, *MARKS]
+    assert {token.content for token in added.values() if token.special} == set(SPECIAL_TOKENS)
+    assert set(added) == set(range(min(added), TOKENIZER.get_vocab_size())), "added ids are the last ones"
+
+
+@given(before=prose(), mark=st.sampled_from(MARKS), after=prose())
+@settings(max_examples=100, deadline=None)
+def test_a_mark_is_one_token_wherever_it_stands_and_is_shown_as_text(before: str, mark: str, after: str) -> None:
+    """Dynamo's reasoning parsers want a mark in one piece; clients that skip special tokens must see it."""
+    ids = encode(before + mark + after)
+    assert ids == [*encode(before), TOKENIZER.token_to_id(mark), *encode(after)]
+    assert TOKENIZER.decode(ids, skip_special_tokens=True) == before + mark + after
 
 
 def test_config_and_tokenizer_agree() -> None:
@@ -169,8 +178,8 @@ def transformers_tokenizer() -> Any:
             os.environ["HF_HUB_OFFLINE"] = offline
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def render(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     return text
 
 
@@ -195,6 +204,27 @@ def test_the_chat_template_knows_roles_and_parts(transformers_tokenizer: Any) ->
         "<|system|>Be brief.<|user|> Hello\nworld <|assistant|><|tool|>42<|user|>go on<|assistant|>"
     )
     assert render(transformers_tokenizer, [{"role": "user", "content": parts}]) == " Hello\nworld <|assistant|>"
+
+
+def test_the_chat_template_knows_tools_and_calls_of_them(transformers_tokenizer: Any) -> None:
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
+    calls = [
+        {"type": "function", "id": "1", "function": {"name": "f", "arguments": {"x": 1}}},
+        {"type": "function", "id": "2", "function": {"name": "g", "arguments": '{"y": 2}'}},
+    ]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Go"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "42"},
+    ]
+    text = render(transformers_tokenizer, messages, tools)
+    before, after = text.split("<|user|>")
+    assert before.startswith("<|system|>")
+    assert [json.loads(line) for line in before.removeprefix("<|system|>").splitlines()] == tools
+    assert after == (
+        'Go<|assistant|><tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+        '<tool_call>\n{"name": "g", "arguments": {"y": 2}}\n</tool_call><|tool|>42<|assistant|>'
+    )
 
 
 def test_the_next_turn_begins_with_the_ids_of_the_last_one(transformers_tokenizer: Any) -> None:
