@@ -17,67 +17,53 @@ import logging
 import os
 import tempfile
 from collections.abc import AsyncGenerator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mock_engine.adapter_announcement import Announcement
-from mock_engine.content import Content
+from mock_engine.admission import Admission, raise_fault
 from mock_engine.controls import CONTROLS, UPDATES, Controls
 from mock_engine.core import Token
 from mock_engine.dcgm import DcgmCollector, DcgmServer
 from mock_engine.drive_realtime import RealTimeDrive, Stream
 from mock_engine.dynamo_release import (
-    ERROR_TYPES,
     HAS_ADAPTERS,
     HAS_DRAIN,
-    HAS_KV_ROUTING,
-    DisaggregationMode,
     EngineShutdown,
-    InvalidArgument,
     LLMEngine,
-    WorkerConfig,
     add_metrics,
     check_answers,
     component_snapshot,
     engine_config,
     health_check_payload,
-    list_of_token_ids,
     push_source,
-    tool_options,
-    worker_namespace,
 )
 from mock_engine.engine_settings import Engine, build_engines
-from mock_engine.errors import ConfigError, MockEngineError, RequestError
+from mock_engine.errors import ConfigError, MockEngineError
 from mock_engine.exposition import EngineCollector
-from mock_engine.fault_injector import FaultInjector, RequestFault
+from mock_engine.fault_injector import FaultInjector
 from mock_engine.faults import DEATH_STATUS
-from mock_engine.flags import OneLineParser, add_dynamo_flags, add_engine_flags, add_worker_flags
-from mock_engine.handoff import is_probe
 from mock_engine.kv_feed import KvFeed, KvLoad
 from mock_engine.live_request import LiveRequest
-from mock_engine.lora import Adapters, parse_lora_modules
-from mock_engine.output_tokens import OutputTokens
-from mock_engine.prompt import Planner
-from mock_engine.rank_choice import choose_rank
+from mock_engine.lora import parse_lora_modules
 from mock_engine.realtime_clock import RealTimeClock
 from mock_engine.recorder import Recorder
 from mock_engine.recording import INTERVAL_S, Recording
 from mock_engine.request_spans import NO_SPANS, is_traced, start_spans
 from mock_engine.step import StepLoad
+from mock_engine.worker_config import worker_config, worker_parser
 from mock_engine.worker_roles import AggregatedRole, make_role
 from mock_engine.worker_settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.02  # how often a request looks whether its LoRA adapter has room
+_POLL_S = 0.02  # how often a request that hangs is asked whether its client has gone
 
 # How often and when `cleanup` looks whether all readers have heard that their streams are over. If the process ends
 # before, Dynamo 1.4.2 dies of SIGABRT ("exception not rethrown"), and its keys in etcd stay until their lease is over.
 _NUM_PARTING_LOOKS, _PARTING_LOOK_S = 25, 0.02
 _STOPS = "the worker stops before the answer is whole"
-__POLL_S = 0.02  # how often a request that hangs is asked whether its client has gone
 
 
 class MockLLMEngine(LLMEngine):  # type: ignore[misc]
@@ -94,17 +80,12 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         self._open: dict[Stream, LiveRequest] = {}  # `_close` changes it on any thread
         self._is_stopped = False
         self._is_traced = is_traced()
-        self._adapters = Adapters(parse_lora_modules(settings.lora_modules), settings.max_loras)
         self._announcement: Announcement | None = None
-        self._planning = ThreadPoolExecutor(1, "mock-engine-plan")  # a thread comes with the first slow request
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> tuple[MockLLMEngine, Any]:
         """The engine, not started, and its `WorkerConfig`. Exits with status 2 and one line for a wrong flag."""
-        parser = OneLineParser(prog="mock-engine worker", description="One Dynamo worker for an existing cluster.")
-        add_engine_flags(parser)
-        add_worker_flags(parser)
-        add_dynamo_flags(parser)
+        parser = worker_parser()
         flags = parser.parse_args(argv)
         try:
             settings = WorkerSettings.from_flags(flags)
@@ -112,25 +93,11 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
                 raise ConfigError("a --fault names a worker, which only 'mock-engine serve' and 'bench' can do")
             check_answers(settings.tool_call_parser, settings.reasoning_parser, settings.lora_modules)
             engine = cls(settings)
-            _ = engine._planner  # finds every wrong setting before Dynamo starts
+            _ = engine._admission  # finds every wrong setting before Dynamo starts
             Recorder(settings.record, settings.status).close()
         except MockEngineError as error:
             parser.error(str(error))
-        config = WorkerConfig(
-            namespace=worker_namespace(flags.namespace),
-            component=flags.component or ("prefill" if settings.disaggregation_mode == "prefill" else "backend"),
-            endpoint=flags.endpoint,
-            model_name=str(settings.model_path),
-            served_model_name=engine.served_model_name,
-            endpoint_types=flags.endpoint_types,
-            discovery_backend=flags.discovery_backend,
-            request_plane=flags.request_plane,
-            event_plane=flags.event_plane,
-            disaggregation_mode=DisaggregationMode(settings.disaggregation_mode),
-            **({"enable_kv_routing": settings.enable_kv_routing is not False} if HAS_KV_ROUTING else {}),
-            reasoning_parser=settings.reasoning_parser,
-            **tool_options(settings.tool_call_parser),
-        )
+        config = worker_config(settings, flags, engine.served_model_name)
         engine._announcement = Announcement(
             config, tuple(parse_lora_modules(settings.lora_modules)), settings.max_loras, engine._engine.block_size
         )
@@ -149,7 +116,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             raise EngineShutdown(self.faults.start_failure)
         try:
             engine = self._engine
-            _ = self._planner
+            _ = self._admission
             if settings.record is not None or settings.status is not None:
                 recorder = Recorder(settings.record, settings.status)
                 self._recording = Recording(recorder, self._drives, self._num_open)
@@ -220,8 +187,10 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         adapter stops reading at the first. Raises `InvalidArgument` for a request that cannot be served,
         `EngineShutdown` when the engine is not running.
         """
-        adapter = await self._load_adapter(request, context)
-        live = await self._admit(request, context, adapter)
+        if not self._drives:
+            raise EngineShutdown("the engine is not running")
+        live = await self._admission.admit(request, context)
+        self._open[live.stream] = live
         spans = start_spans(context) if self._is_traced else NO_SPANS
         live.stream.on_started = spans.started
         try:
@@ -272,6 +241,9 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         if not self._is_stopped:
             await self._wait(self.faults.cleanup_delay_s)
         self._is_stopped = True
+        admission: Admission | None = self.__dict__.get("_admission")
+        if admission is not None:
+            admission.stop()
         if self.controls is not None:
             self.controls.close()
         for drive in self._drives:
@@ -283,7 +255,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             if not self._open:
                 break
             await asyncio.sleep(_PARTING_LOOK_S)
-        self._planning.shutdown()  # what is planned now takes milliseconds, and finds the engine stopped
+        if admission is not None:
+            admission.close()
         if self._announcement is not None:
             self._announcement.stop()
         recording, self._recording = self._recording, None
@@ -299,7 +272,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
 
     async def health_check_payload(self) -> dict[str, Any] | None:
         """A request of one token, for Dynamo to send when nobody else does (DYN_HEALTH_CHECK_ENABLED)."""
-        return health_check_payload(self._planner.output_tokens.word_ids[0])
+        return health_check_payload(self._admission.probe_token_id)
 
     async def is_quiescent(self) -> bool:
         """
@@ -361,78 +334,21 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         return self._engines[0]
 
     @cached_property
-    def _metrics(self) -> EngineCollector:
-        return EngineCollector(self._engine, self.settings.engine, self.served_model_name, len(self._engines))
+    def _admission(self) -> Admission:
+        """How requests come in. Raises `ConfigError`."""
+        return Admission(self.settings, self._engines, self._drives, self._role, self.faults, self._open)
 
     @cached_property
-    def _planner(self) -> Planner:
-        words = OutputTokens.from_model_path(self.settings.model_path)
-        return Planner(
-            words,
-            self._engine.scheduler.max_model_len,
-            self._engine.block_size,
-            self.settings.engine.default_osl,
-            self.settings.engine.seed,
-            list_of_token_ids,
-            Content.from_model_path(self.settings.model_path, words, self.settings.content),
-        )
-
-    async def _load_adapter(self, request: Mapping[str, Any], context: Any) -> str | None:
-        """The LoRA adapter that a request needs, once it is loaded, or the client has gone. None: the base model."""
-        try:
-            name = self._adapters.name_in(request)
-        except RequestError as error:
-            raise InvalidArgument(str(error)) from error
-        speedup_ratio = self.settings.engine.speedup_ratio
-        if name is None or speedup_ratio == 0:
-            return name
-        loop = asyncio.get_running_loop()
-        while not (context.is_stopped() or self._is_stopped):
-            in_use = {live.adapter for live in self._open.copy().values() if live.adapter is not None}
-            wait_s = self._adapters.wait_s(name, loop.time() * speedup_ratio, in_use)
-            if wait_s == 0:
-                break
-            await asyncio.sleep(_POLL_S if wait_s is None else min(_POLL_S, wait_s / speedup_ratio))
-        return name
-
-    async def _admit(self, request: Mapping[str, Any], context: Any, adapter: str | None) -> LiveRequest:
-        """Plan the answer and queue it. Raises `InvalidArgument` or `EngineShutdown`."""
-        if not self._drives or self._is_stopped:
-            raise EngineShutdown("the engine is not running")
-        request_id = context.id()
-        try:
-            if Planner.is_slow(request):
-                loop = asyncio.get_running_loop()
-                plan = partial(self._role.plan, self._planner, request_id, request)
-                answers, handoff = await loop.run_in_executor(self._planning, plan)
-                if self._is_stopped:
-                    raise EngineShutdown("the engine is not running")
-            else:
-                answers, handoff = self._role.plan(self._planner, request_id, request)
-            drive = self._drives[choose_rank(request, self._drives)]
-            fault = None if self.faults.is_empty else self.faults.admit(drive.now_s(), drive.dp_rank)
-            if fault is not None and fault.error is not None and not fault.error.tokens:
-                _raise_error(fault)
-            delay_s = 0.0 if fault is None else fault.delay_s
-            stream = self._role.submit(drive, answers, handoff, context.is_stopped, delay_s)
-        except RequestError as error:
-            raise InvalidArgument(str(error)) from error
-        except RuntimeError as error:
-            raise EngineShutdown(str(error)) from error
-        num_cached_tokens = None if handoff is None else handoff.num_cached_tokens
-        live = LiveRequest(
-            request_id, answers, stream, num_cached_tokens, _max_tokens(request), is_probe(request), fault, adapter
-        )
-        self._open[stream] = live
-        return live
+    def _metrics(self) -> EngineCollector:
+        return EngineCollector(self._engine, self.settings.engine, self.served_model_name, len(self._engines))
 
     async def _break(self, live: LiveRequest, context: Any) -> None:
         """A fault lets no more of a request out: raise, or return once it is cancelled."""
         assert live.fault is not None
         if live.fault.error is not None and live.num_sent >= live.fault.error.tokens:
-            _raise_error(live.fault)
+            raise_fault(live.fault)
         while not (context.is_stopped() or live.is_cancelled or self._is_stopped):  # noqa: ASYNC110
-            await asyncio.sleep(__POLL_S)
+            await asyncio.sleep(_POLL_S)
         if self._is_stopped and not context.is_stopped():
             raise EngineShutdown(_STOPS)
 
@@ -502,18 +418,8 @@ class _Probe:
         }
 
 
-def _max_tokens(request: Mapping[str, Any]) -> int | None:
-    max_tokens: int | None = (request.get("stop_conditions") or {}).get("max_tokens")
-    return max_tokens
-
-
 def _profile_folder(settings: WorkerSettings) -> Path:
     return settings.record or Path(tempfile.gettempdir()) / "mock-engine-profiles"
-
-
-def _raise_error(fault: RequestFault) -> NoReturn:
-    assert fault.error is not None
-    raise ERROR_TYPES[fault.error.type](fault.error.message)
 
 
 def _die(reason: str) -> None:

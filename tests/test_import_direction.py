@@ -24,7 +24,8 @@ ROWS = (
     " trace_files workload aiperf_records simulation_results step_stats step_profile",
     "router_settings flags dynamo_release worker_settings worker_roles live_request recording kv_feed"
     " rank_choice adapter_announcement"
-    " planes engine_stats exposition dcgm request_spans controls llm_engine routing deployment clients simulation",
+    " planes engine_stats exposition dcgm request_spans controls admission worker_config"
+    " llm_engine routing deployment clients simulation",
 )  # every other module is in one more row, the last
 ROW_OF = {module: number for number, row in enumerate(ROWS, start=1) for module in row.split()}
 LAST_ROW = len(ROWS) + 1
