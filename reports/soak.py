@@ -3,10 +3,10 @@ One worker behind Dynamo's frontend, under load for half an hour, while everythi
 
     python reports/soak.py --minutes 30 --out reports/soak.md
 
-64 streams of random lengths, a third of which are cancelled; two data-parallel ranks that tell Dynamo's KV router what
-they hold, with too few KV blocks for all; every few seconds a fault is switched on and off again, or a control is
-called. Nothing may be left: memory must be flat, no token later at the end than before, and every block back. Exits 1
-if it is not so.
+64 streams of random lengths, a third of which are cancelled; some ask for log probabilities, JSON, tools, an adapter or
+to be served first. Two data-parallel ranks decode speculatively and tell Dynamo's KV router what they hold, with too few
+KV blocks for all; every few seconds a fault is switched on and off again, or a control is called. Nothing may be left:
+memory must be flat, no token later at the end than before, and every block back. Exits 1 if it is not so.
 """
 
 from __future__ import annotations
@@ -48,6 +48,24 @@ _WARM_UP = 0.3  # share of the run in which memory may still grow
 _MAX_GROWTH = 0.02  # of the memory, over the rest of it
 _MAX_LATER_S = 0.02  # the median token, at the end against the end of the warm-up
 _CLIENT_TIMEOUT_S = 15.0
+
+_ADAPTER = "soak-adapter"
+_SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "degrees": {"type": "integer"}},
+    "required": ["city", "degrees"],
+    "additionalProperties": False,
+}
+_TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": _SCHEMA}}
+# What requests ask for beside tokens; the first, nothing, as often as all others together.
+_WISHES: tuple[dict[str, Any], ...] = (
+    {"logprobs": True, "top_logprobs": 3},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "weather", "schema": _SCHEMA}}},
+    {"tools": [_TOOL]},
+    {"model": _ADAPTER},
+    {"nvext": {"agent_hints": {"priority": 5}}},
+    {"stop": ["word"]},
+)
 
 # What is done, and what undoes it: the path after /engine/, and the body.
 Call = tuple[str, dict[str, Any]]
@@ -158,6 +176,7 @@ class Soaker:
             "max_tokens": max_tokens,
             "ignore_eos": True,
             "stream": True,
+            **(draw.choice(_WISHES) if draw.random() < 0.5 else {}),
         }
         try:
             async with session.post(f"{self._fleet.url}/v1/chat/completions", json=body) as response:
@@ -250,7 +269,8 @@ def report(soak: Soak, minutes: float, picture: Path | None) -> str:
         f"Commit {find_commit()}; mock-engine {version('mock-engine')}, ai-dynamo {version('ai-dynamo')}, "
         f"Python {sys.version.split()[0]}; {os.cpu_count()} cores.",
         f"One worker of {_NUM_RANKS} data-parallel ranks with {_NUM_BLOCKS} KV blocks each, KV routing, {_NUM_STREAMS} "
-        f"streams; {minutes:g} minutes, {soak.num_tokens:,} tokens, {soak.num_preemptions:,} preemptions.",
+        f"streams, draft tokens, priorities, thoughts, tools, an adapter; "
+        f"{minutes:g} minutes, {soak.num_tokens:,} tokens, {soak.num_preemptions:,} preemptions.",
         "",
         "| | | |",
         "|---|---|---|",
@@ -291,8 +311,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a page, and a picture beside it")
     flags = parser.parse_args(argv)
     os.environ["DYN_LOG"] = "error"
-    engine = EngineSettings(num_gpu_blocks_override=_NUM_BLOCKS, max_model_len=2048, max_num_seqs=256, seed=flags.seed)
-    worker = WorkerSettings(engine, data_parallel_size=_NUM_RANKS)
+    engine = EngineSettings(
+        num_gpu_blocks_override=_NUM_BLOCKS,
+        max_model_len=2048,
+        max_num_seqs=256,
+        num_speculative_tokens=2,
+        scheduling_policy="priority",
+        seed=flags.seed,
+    )
+    worker = WorkerSettings(
+        engine,
+        data_parallel_size=_NUM_RANKS,
+        lora_modules=(f"{_ADAPTER}=0.5",),
+        reasoning_ratio=0.3,
+    )
     settings = FleetSettings(worker, router=RouterSettings(router_mode="kv"), port=0)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         os.environ["TMPDIR"] = folder  # where profiled steps go
