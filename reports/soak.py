@@ -5,8 +5,8 @@ One worker behind Dynamo's frontend, under load for half an hour, while everythi
 
 64 streams of random lengths, a third of which are cancelled; some ask for log probabilities, JSON, tools, an adapter or
 to be served first. Two data-parallel ranks decode speculatively and tell Dynamo's KV router what they hold, with too
-few KV blocks for all; every few seconds a fault is switched on and off again, or a control is called. Nothing may be left:
-memory must be flat, no token later at the end than before, and every block back. Exits 1 if it is not so.
+few KV blocks for all; every few seconds a fault is switched on and off again, or a control is called. Nothing may be
+left: memory must be flat, no token later at the end than before, and every block back. Exits 1 if it is not so.
 """
 
 from __future__ import annotations
