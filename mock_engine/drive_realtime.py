@@ -508,7 +508,7 @@ class RealTimeDrive:
 
     def _admit_arrivals(self) -> None:
         """Hand over what has arrived by the model's time; an idle engine moves on to the next arrival."""
-        if self._arrivals and not self.core.is_busy:
+        if self._arrivals and not self.core.has_work:
             self._model_now_s = max(self._model_now_s, self._arrivals[0].queued_s)
         limit_s = min(self._model_now_s, self.core.admission_limit_s)
         while self._arrivals and self._arrivals[0].queued_s <= limit_s:

@@ -36,6 +36,7 @@ class MemoryNetwork:
 
     def __init__(self) -> None:
         self.is_down = False
+        self.connect_s = 0.0  # how long it takes to connect
         self.num_connections = 0
         self._serves: dict[int, object] = {}
         self._ends: list[_End] = []
@@ -47,7 +48,7 @@ class MemoryNetwork:
         return listener
 
     async def connect(self, _host, port):
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.connect_s)
         if self.is_down or port not in self._serves:
             raise ChannelError(f"nobody listens on {port}")
         self.num_connections += 1
