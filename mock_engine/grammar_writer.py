@@ -45,6 +45,7 @@ _KINDS = (
     ("letter", r"[A-Za-z]+"),
     ("word", r" [A-Za-z]+"),
     ("mark", r"[!-~]+"),
+    ("space", r"\s+"),
     ("other", r".*"),
 )
 _PATTERNS = tuple((kind, re.compile(pattern, re.DOTALL)) for kind, pattern in _KINDS)
@@ -59,13 +60,14 @@ _IN_STRUCTURE = {
     "letter": 2.0,
     "mark": 1.0,
     "open": 1.0,
+    "space": 1e-3,
     "other": 1e-3,
 }
 _IN_TEXT = {"end": 1.0, "word": 2.0}
 _IN_STRING = {"quote": 1.0, "word": 2.0}
 _IN_ENDLESS_TEXT = {**_IN_STRUCTURE, "word": 2.0}
 # What becomes of that in a long answer: next to what closes, nothing else comes; least of all what opens.
-_IN_LONG = {"open": 1e-9, **dict.fromkeys(("comma", "digit", "letter", "word", "other"), 1e-6)}
+_IN_LONG = {"open": 1e-9, **dict.fromkeys(("comma", "digit", "letter", "word", "space", "other"), 1e-6)}
 
 
 class Written(NamedTuple):
@@ -173,7 +175,7 @@ class GrammarWriter:
 
     def _ending(self, grammar: str, matcher: LLMatcher) -> list[int]:
         """A word or a mark out of the grammar itself that ends the text at once; empty if there is none."""
-        words = dict.fromkeys(re.findall(r"[A-Za-z0-9]+|[!-~]", grammar))
+        words = dict.fromkeys(re.findall(r"[A-Za-z0-9]+|\S", grammar))
         for word in list(words)[:_NUM_ENDINGS]:
             tokens = self.encode(word)
             copy = matcher.deep_copy()
