@@ -33,6 +33,7 @@ _LONG_TOKENS = 128  # from here on only what ends the answer is chosen, where th
 _LONG_TEXT_WORDS = 4  # words after which a string in a JSON document, or free text, ends
 _ENDINGS_EVERY_TOKENS = 64  # how often a long text tries what might end it at once
 _NUM_ENDINGS = 64
+_MAX_SPARE_TOKENS = 4096  # chosen beyond `max_tokens`, as a text may take fewer tokens than it was chosen of
 _NUM_GRAMMARS = 64  # compiled grammars that are kept
 
 # What a token is by its text; the first that fits. Marks that open come before those that close: '[]' opens and closes.
@@ -129,9 +130,17 @@ class GrammarWriter:
         """
         At most `max_tokens` tokens that `grammar` allows, the same for the same seed, without the one that ends it.
 
-        A whole text is tokenized as the tokenizer does it. Raises `RequestError` for a grammar that
-        the library cannot compile.
+        The text is tokenized as the tokenizer does it, which may take fewer tokens than were chosen for it, so more
+        are chosen than may come out. Raises `RequestError` for a grammar that the library cannot compile.
         """
+        chosen, is_whole = self._choose(grammar, seed, max_tokens + min(3 * max_tokens + 64, _MAX_SPARE_TOKENS))
+        token_ids = self.canonical(chosen)
+        if not is_whole and len(token_ids) < max_tokens:
+            token_ids = chosen
+        return Written(token_ids[:max_tokens], is_whole and len(token_ids) <= max_tokens)
+
+    def _choose(self, grammar: str, seed: int, max_tokens: int) -> Written:
+        """Tokens one by one, as they are chosen."""
         choice = _Choice(self._kinds, np.random.default_rng(seed))
         matcher = self._matcher(grammar).deep_copy()
         token_ids: list[int] = []
@@ -140,22 +149,20 @@ class GrammarWriter:
             if len(token_ids) >= next_endings_tokens:
                 next_endings_tokens = len(token_ids) + _ENDINGS_EVERY_TOKENS
                 ending = self._ending(grammar, matcher)
-                if ending and len(token_ids) + len(ending) <= max_tokens:
-                    return Written(self.canonical(token_ids + ending), True)
-            tokens = matcher.compute_ff_tokens()[: max_tokens - len(token_ids)]
+                if ending:
+                    return Written(token_ids + ending, True)
+            tokens = matcher.compute_ff_tokens()
             if tokens:
                 choice.note_forced(tokens[-1])
             else:
                 allowed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
                 tokens = [choice.next_token(allowed, is_long=len(token_ids) >= _LONG_TOKENS)]
                 if tokens[0] == self._guide.eos_token:
-                    return Written(self.canonical(token_ids), True)
+                    return Written(token_ids, True)
             if not matcher.consume_tokens(tokens):
                 raise RequestError(f"the grammar came to a dead end: {_one_line(matcher.get_error())}")
             token_ids += tokens
-        if matcher.is_accepting():
-            return Written(self.canonical(token_ids), True)
-        return Written(token_ids, False)
+        return Written(token_ids, matcher.is_accepting())
 
     def canonical(self, token_ids: list[int]) -> list[int]:
         """The same text in the tokens that the tokenizer makes of it, where that gives the same text again."""
