@@ -33,6 +33,7 @@ _LONG_TOKENS = 128  # from here on only what ends the answer is chosen, where th
 _LONG_TEXT_WORDS = 4  # words after which a string in a JSON document, or free text, ends
 _ENDINGS_EVERY_TOKENS = 64  # how often a long text tries what might end it at once
 _NUM_ENDINGS = 64
+_MAX_SPARE_TOKENS = 4096  # chosen beyond `max_tokens`, as a text may take fewer tokens than it was chosen of
 _NUM_GRAMMARS = 64  # compiled grammars that are kept
 
 # What a token is by its text; the first that fits. Marks that open come before those that close: '[]' opens and closes.
@@ -45,6 +46,7 @@ _KINDS = (
     ("letter", r"[A-Za-z]+"),
     ("word", r" [A-Za-z]+"),
     ("mark", r"[!-~]+"),
+    ("space", r"\s+"),
     ("other", r".*"),
 )
 _PATTERNS = tuple((kind, re.compile(pattern, re.DOTALL)) for kind, pattern in _KINDS)
@@ -59,13 +61,14 @@ _IN_STRUCTURE = {
     "letter": 2.0,
     "mark": 1.0,
     "open": 1.0,
+    "space": 1e-3,
     "other": 1e-3,
 }
 _IN_TEXT = {"end": 1.0, "word": 2.0}
 _IN_STRING = {"quote": 1.0, "word": 2.0}
 _IN_ENDLESS_TEXT = {**_IN_STRUCTURE, "word": 2.0}
 # What becomes of that in a long answer: next to what closes, nothing else comes; least of all what opens.
-_IN_LONG = {"open": 1e-9, **dict.fromkeys(("comma", "digit", "letter", "word", "other"), 1e-6)}
+_IN_LONG = {"open": 1e-9, **dict.fromkeys(("comma", "digit", "letter", "word", "space", "other"), 1e-6)}
 
 
 class Written(NamedTuple):
@@ -127,9 +130,17 @@ class GrammarWriter:
         """
         At most `max_tokens` tokens that `grammar` allows, the same for the same seed, without the one that ends it.
 
-        A whole text is tokenized as the tokenizer does it. Raises `RequestError` for a grammar that
-        the library cannot compile.
+        The text is tokenized as the tokenizer does it, which may take fewer tokens than were chosen for it, so more
+        are chosen than may come out. Raises `RequestError` for a grammar that the library cannot compile.
         """
+        chosen, is_whole = self._choose(grammar, seed, max_tokens + min(3 * max_tokens + 64, _MAX_SPARE_TOKENS))
+        token_ids = self.canonical(chosen)
+        if not is_whole and len(token_ids) < max_tokens:
+            token_ids = chosen
+        return Written(token_ids[:max_tokens], is_whole and len(token_ids) <= max_tokens)
+
+    def _choose(self, grammar: str, seed: int, max_tokens: int) -> Written:
+        """Tokens one by one, as they are chosen."""
         choice = _Choice(self._kinds, np.random.default_rng(seed))
         matcher = self._matcher(grammar).deep_copy()
         token_ids: list[int] = []
@@ -138,22 +149,20 @@ class GrammarWriter:
             if len(token_ids) >= next_endings_tokens:
                 next_endings_tokens = len(token_ids) + _ENDINGS_EVERY_TOKENS
                 ending = self._ending(grammar, matcher)
-                if ending and len(token_ids) + len(ending) <= max_tokens:
-                    return Written(self.canonical(token_ids + ending), True)
-            tokens = matcher.compute_ff_tokens()[: max_tokens - len(token_ids)]
+                if ending:
+                    return Written(token_ids + ending, True)
+            tokens = matcher.compute_ff_tokens()
             if tokens:
                 choice.note_forced(tokens[-1])
             else:
                 allowed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
                 tokens = [choice.next_token(allowed, is_long=len(token_ids) >= _LONG_TOKENS)]
                 if tokens[0] == self._guide.eos_token:
-                    return Written(self.canonical(token_ids), True)
+                    return Written(token_ids, True)
             if not matcher.consume_tokens(tokens):
                 raise RequestError(f"the grammar came to a dead end: {_one_line(matcher.get_error())}")
             token_ids += tokens
-        if matcher.is_accepting():
-            return Written(self.canonical(token_ids), True)
-        return Written(token_ids, False)
+        return Written(token_ids, matcher.is_accepting())
 
     def canonical(self, token_ids: list[int]) -> list[int]:
         """The same text in the tokens that the tokenizer makes of it, where that gives the same text again."""
@@ -173,7 +182,7 @@ class GrammarWriter:
 
     def _ending(self, grammar: str, matcher: LLMatcher) -> list[int]:
         """A word or a mark out of the grammar itself that ends the text at once; empty if there is none."""
-        words = dict.fromkeys(re.findall(r"[A-Za-z0-9]+|[!-~]", grammar))
+        words = dict.fromkeys(re.findall(r"[A-Za-z0-9]+|\S", grammar))
         for word in list(words)[:_NUM_ENDINGS]:
             tokens = self.encode(word)
             copy = matcher.deep_copy()
