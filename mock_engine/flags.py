@@ -275,6 +275,12 @@ def add_fleet_flags(parser: argparse.ArgumentParser, default_port: int) -> None:
     group.add_argument(
         "--port", type=int, default=default_port, help="port it listens on; 0: any free one (%(default)s)"
     )
+    group.add_argument(
+        "--migration-limit",
+        type=int,
+        metavar="N",
+        help="how often a request of a worker that stops or dies is sent to another (DYN_MIGRATION_LIMIT, or 0)",
+    )
     add_router_flags(parser)
 
 

@@ -57,11 +57,16 @@ class FleetSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     planes: Planes = field(default_factory=Planes)
+    migration_limit: int | None = (
+        None  # how often a request of a lost worker is sent to another; DYN_MIGRATION_LIMIT, or 0
+    )
 
     def __post_init__(self) -> None:
         check_num_workers(self.groups)
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port is {self.port}; it must be 1 to 65535, or 0 for any free one")
+        if self.migration_limit is not None and self.migration_limit < 0:
+            raise ConfigError(f"--migration-limit is {self.migration_limit}; it must be 0 or more")
         for fault in self.worker.faults:
             if fault.worker is not None and fault.worker >= len(self.roles):
                 raise ConfigError(
@@ -113,6 +118,7 @@ class FleetSettings:
             host=flags.host,
             port=flags.port,
             planes=Planes.from_flags(flags),
+            migration_limit=flags.migration_limit,
         )
 
 
@@ -219,6 +225,8 @@ class Fleet:
         router = self.settings.router.to_argv()
         if self.settings.router.router_mode == "kv" and not self.settings.has_kv_events:
             router.append("--no-router-kv-events")  # it goes by where it has sent prompts
+        if self.settings.migration_limit is not None:
+            router += ["--migration-limit", str(self.settings.migration_limit)]
         return ["-m", "mock_engine.frontend", *where, *self.settings.planes.to_argv(), *router]
 
     def _worker_arguments(self, worker: int) -> list[str]:

@@ -119,8 +119,8 @@ def bench(planes: Planes, folder: Path) -> dict[str, Any]:
 
 def depart(departure: Departure, folder: Path) -> Outcome:
     """Two workers under load; a third joins, takes its share, and goes."""
-    os.environ["DYN_MIGRATION_LIMIT"] = str(departure.migration_limit)
-    settings = FleetSettings(WorkerSettings(), (("agg", 2),), port=0, planes=SETUPS[-1])
+    limit = departure.migration_limit
+    settings = FleetSettings(WorkerSettings(), (("agg", 2),), port=0, planes=SETUPS[-1], migration_limit=limit)
     load = Load(isl=128, osl=OSL_TOKENS, concurrency=CONCURRENCY, request_count=REQUEST_COUNT)
     load = replace(load, aiperf_flags=("--no-server-metrics",))
     with ClusterFleet(settings, folder / "engine") as fleet:

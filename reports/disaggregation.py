@@ -208,8 +208,7 @@ def main() -> None:
     flags = parser.parse_args()
     commit = find_commit()
     found = bench()
-    os.environ["DYN_MIGRATION_LIMIT"] = str(_MIGRATION_LIMIT)
-    settings = FleetSettings(WorkerSettings(), _GROUPS, port=0)
+    settings = FleetSettings(WorkerSettings(), _GROUPS, port=0, migration_limit=_MIGRATION_LIMIT)
     with tempfile.TemporaryDirectory() as folder, Fleet(settings, Path(folder)) as fleet:
         cancelled = asyncio.run(cancel_many(fleet))
         killed = asyncio.run(kill_one(fleet))

@@ -45,6 +45,7 @@ def complain(capsys, *argv):
         (["--profile", "h100/nope"], "no profile 'h100/nope', neither shipped nor a folder"),
         (["--workers", "0"], "--workers is 0; it must be at least 1"),
         (["--port", "70000"], "--port is 70000; it must be 1 to 65535, or 0"),
+        (["--migration-limit", "-1"], "--migration-limit is -1; it must be 0 or more"),
         (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1:"),
         (["--speedup-ratio", "-1"], "--speedup-ratio is -1; it must be 0 (as fast as possible) or a positive"),
         (["--jitter", "2"], "--jitter is 2; it is a coefficient of variation from 0 (none) to 1"),

@@ -31,9 +31,8 @@ def is_quiet(fleet):
     return all(state.num_open_requests == state.kv_used_blocks == 0 for state in states)
 
 
-def test_a_prefill_and_two_decode_workers_serve_lose_nothing_and_keep_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("DYN_MIGRATION_LIMIT", str(MIGRATION_LIMIT))
-    settings = FleetSettings(WorkerSettings(), (("prefill", 1), ("decode", 2)), port=0)
+def test_a_prefill_and_two_decode_workers_serve_lose_nothing_and_keep_nothing(tmp_path):
+    settings = FleetSettings(WorkerSettings(), (("prefill", 1), ("decode", 2)), port=0, migration_limit=MIGRATION_LIMIT)
     draw = random.Random(0)
 
     async def main(fleet):

@@ -70,15 +70,14 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DYN_MIGRATION_LIMIT", "3")
-        with serving(folder, "--workers", "2", "--fault", "slow:factor=2,worker=1,for=0.001") as (command, facts):
-            Command.started.remove(command)  # it serves all tests of this module
-            try:
-                yield Served(command, facts)
-            finally:
-                command.interrupt(signal.SIGTERM)
-                command.exit_status()
+    fault = "slow:factor=2,worker=1,for=0.001"
+    with serving(folder, "--workers", "2", "--migration-limit", "3", "--fault", fault) as (command, facts):
+        Command.started.remove(command)  # it serves all tests of this module
+        try:
+            yield Served(command, facts)
+        finally:
+            command.interrupt(signal.SIGTERM)
+            command.exit_status()
 
 
 def test_a_request_to_paused_workers_waits_and_is_answered_when_they_go_on(served):
