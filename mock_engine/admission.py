@@ -9,6 +9,7 @@ How a request comes in: its adapter is loaded, its answer planned, a rank and it
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -48,13 +49,13 @@ class Admission:
         faults: FaultInjector,
         open_requests: Mapping[Stream, LiveRequest],
     ) -> None:
-        self._settings = settings
         self._drives = drives
         self._role = role
         self._faults = faults
         self._open = open_requests
         self._is_stopped = False
         self._adapters = Adapters(parse_lora_modules(settings.lora_modules), settings.max_loras)
+        self._admitting: Counter[str] = Counter()  # adapters of requests that are loaded and not queued yet
         self._planning = ThreadPoolExecutor(1, "mock-engine-plan")  # a thread comes with the first slow request
         words = OutputTokens.from_model_path(settings.model_path)
         self.probe_token_id = words.word_ids[0]
@@ -87,6 +88,16 @@ class Admission:
 
     async def _admit(self, request: Mapping[str, Any], context: Any) -> LiveRequest:
         adapter = await self._load_adapter(request, context)
+        if adapter is None:
+            return await self._queue(request, context, None)
+        self._admitting[adapter] += 1
+        try:
+            routing = {**(request.get("routing") or {}), "lora_name": adapter}
+            return await self._queue({**request, "routing": routing}, context, adapter)
+        finally:
+            self._admitting[adapter] -= 1
+
+    async def _queue(self, request: Mapping[str, Any], context: Any, adapter: str | None) -> LiveRequest:
         self._check_running()
         plan = partial(self._role.plan, self._planner, context.id(), request)
         if Planner.is_slow(request):
@@ -118,16 +129,13 @@ class Admission:
     async def _load_adapter(self, request: Mapping[str, Any], context: Any) -> str | None:
         """The LoRA adapter that a request needs, once it is loaded, or the client has gone. None: the base model."""
         name = self._adapters.name_in(request)
-        speedup_ratio = self._settings.engine.speedup_ratio
-        if name is None or speedup_ratio == 0:
-            return name
-        loop = asyncio.get_running_loop()
-        while not (context.is_stopped() or self._is_stopped):
+        drive = self._drives[0]
+        while name is not None and drive.speedup_ratio and not (context.is_stopped() or self._is_stopped):
             in_use = {live.adapter for live in tuple(self._open.values()) if live.adapter is not None}
-            wait_s = self._adapters.wait_s(name, loop.time() * speedup_ratio, in_use)
+            wait_s = self._adapters.wait_s(name, drive.now_s(), in_use | set(+self._admitting))
             if wait_s == 0:
                 break
-            await asyncio.sleep(_POLL_S if wait_s is None else min(_POLL_S, wait_s / speedup_ratio))
+            await asyncio.sleep(_POLL_S if wait_s is None else min(_POLL_S, drive.real_s(wait_s)))
         return name
 
 

@@ -75,6 +75,7 @@ def _together(results: Results) -> tuple[Any, dict[str, Any]]:
     """The workers' timelines summed on one time axis, in seconds since the first request."""
     start_s = min(row.arrival_unix_s for row in results.requests)
     timelines = [[row for row in timeline if row.unix_s >= start_s - 1] for timeline in results.timelines]
+    timelines = [timeline for timeline in timelines if timeline]  # a fault may have ended a worker before
     end_s = max(_last_busy_s(timeline) for timeline in timelines) + 1
     axis = np.arange(start_s - 0.5, end_s, 0.25)
     columns = {

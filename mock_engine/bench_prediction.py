@@ -34,6 +34,8 @@ def predict(settings: FleetSettings, load: Load) -> Prediction:
     """Simulate what `bench` is about to send. Flags for AIPerf alone, such as those of its output, change nothing."""
     if settings.worker.engine.speedup_ratio != 1:
         return Prediction({}, "a prediction is for --speedup-ratio 1")
+    if settings.worker.faults:
+        return Prediction({}, "a prediction knows no faults")
     try:
         workload = _workload(load)
         deployment = DeploymentSettings(

@@ -102,7 +102,8 @@ def read_results(folder: Path, fleet: Fleet, prediction: Prediction, ready_unix_
         rows = read_requests(fleet.record_folder(worker))
         recorded[role] += [row for row in rows if row.arrival_unix_s >= ready_unix_s]
     requests = recorded["agg"] + joined(recorded["prefill"], recorded["decode"])
-    timelines = [read_timeline(fleet.record_folder(worker)) for worker in workers]
+    found = [read_timeline(fleet.record_folder(worker)) for worker in workers]
+    timelines = [timeline for timeline in found if timeline]  # a fault may keep a worker from starting
     aiperf = json.loads((folder / "aiperf" / AIPERF_EXPORT).read_text(encoding="utf-8"))
     whole = [row for row in requests if row.is_whole]
     speedup_ratio = fleet.settings.worker.engine.speedup_ratio or 1.0

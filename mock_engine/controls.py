@@ -1,7 +1,7 @@
 """
 What can be asked of a live engine over its worker's system port, and what comes of it.
 
-    controls = Controls(drives, faults, engine, settings, profile_folder)
+    controls = Controls(drives, faults, engine, settings, profile_folder, let_go)
     answer = await controls.control("sleep", {"level": 1})       a JSON object: "status" is "ok" or "error"
     answer = await controls.update("timing", {"speedup_ratio": 10})
     controls.close()
@@ -56,12 +56,15 @@ class Controls:
         engine: Engine,
         settings: EngineSettings,
         profile_folder: Path,
+        let_go: Callable[[], None],
     ) -> None:
+        """`let_go` cancels all open requests."""
         self._drives = drives
         self._faults = faults
         self._engine = engine
         self._seed = settings.seed
         self._profile_folder = profile_folder
+        self._cancel_all = let_go
         self._lock = asyncio.Lock()
         self._is_paused = False
         self._asleep: set[str] = set()
@@ -232,7 +235,7 @@ class Controls:
             max_num_batched_tokens=_whole(body, "max_num_batched_tokens", old.max_num_batched_tokens),
         )
 
-        def set_limits(drive: RealTimeDrive) -> None:
+        def check(drive: RealTimeDrive) -> None:
             running = drive.core.scheduler.num_running
             tokens_each = 1 if config.speculation is None else 1 + config.speculation.num_tokens
             if running * tokens_each > config.max_num_batched_tokens:
@@ -240,8 +243,11 @@ class Controls:
                     f"max_num_batched_tokens is {config.max_num_batched_tokens}, but {running} sequences run, each of "
                     f"which needs {tokens_each} a step. Lower max_num_seqs first."
                 )
+
+        def set_limits(drive: RealTimeDrive) -> None:
             drive.core.scheduler.config = config
 
+        await self._each(check)
         await self._each(set_limits)
         return {"max_num_seqs": config.max_num_seqs, "max_num_batched_tokens": config.max_num_batched_tokens}
 
@@ -263,9 +269,7 @@ class Controls:
     async def _let_go(self, mode: str, clears_cache: bool) -> None:
         """Of paused engines: end the requests that are open, or let them compute again what they lose."""
         if mode == "abort":
-            for drive in self._drives:
-                for stream in set(drive.streams.values()):
-                    drive.cancel(stream)
+            self._cancel_all()
         if clears_cache:
             if mode == "keep":
                 await self._each(lambda drive: drive.core.scheduler.preempt_all())

@@ -103,7 +103,7 @@ class DcgmCollector(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """A metric for each of `FIELDS` that is known, with a sample for each GPU."""
         values = [
-            self._values(stats, drive.now_s()) for stats, drive in zip(self._ranks, self._drives, strict=False)
+            self._values(stats, drive) for stats, drive in zip(self._ranks, self._drives, strict=False)
         ]  # before the engine starts there are no drives, and no GPUs to speak of
         for name, text in FIELDS.items():
             family = GaugeMetricFamily(name, text, labels=list(self._labels[0]))
@@ -114,7 +114,9 @@ class DcgmCollector(Collector):
             if family.samples:
                 yield family
 
-    def _values(self, stats: StepStats, now_s: float) -> dict[str, float]:
+    def _values(self, stats: StepStats, drive: RealTimeDrive) -> dict[str, float]:
+        now_s = drive.now_s()
+        stats.set_pace(drive.speedup_ratio)
         shares = stats.shares(now_s)
         known: dict[str, float] = {}
         joules = stats.joules(now_s)

@@ -38,6 +38,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from mock_engine.core import Core, Step, Token
@@ -442,7 +443,7 @@ class RealTimeDrive:
                 # All are due now, and a host takes a while to send them: a delay shows in TTFT as it is, in ITL hardly.
                 for token in sorted(tokens, key=_is_later_token):
                     self._deliver(token)
-            self.on_step(step, end_s)
+            self.on_step(step if seconds == step.seconds else replace(step, seconds=seconds), end_s)
             self._reap()
             if self._has_faults:
                 self._faults.count_tokens(len(tokens), end_s)

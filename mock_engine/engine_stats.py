@@ -10,7 +10,8 @@ What an engine has to say about itself, as figures by name ("series"); `metric_t
 Tokens are counted by the request, many at once: when it ends, and when somebody asks. Nothing is done for a single one.
 
 Seconds are real ones, as a client measures them and as Prometheus counts them, also with a speed-up. Where nothing is
-paced (`--speedup-ratio 0`) they are model seconds. Times of tokens are those at which they went out, not those at
+paced (`--speedup-ratio 0`) they are model seconds. The speed-up is that of the moment: of a request during which it
+changes, the whole is taken to have passed at the last. Times of tokens are those at which they went out, not those at
 which they were due: the difference is a series of its own ("lateness_s").
 """
 
@@ -48,8 +49,6 @@ class RankStats:
         self.output_tokens = 0
         self.num_probes = 0
         self.probe_tokens = 0  # of their prompts
-        self._ratio = speedup_ratio or 1.0
-        self._is_paced = speedup_ratio > 0
         self._num_counted: dict[LiveRequest, list[int]] = {}  # tokens of each choice
 
     def values(self, drive: RealTimeDrive) -> dict[str, float]:
@@ -97,7 +96,7 @@ class RankStats:
         """Count the tokens that it has sent since the last time."""
         if live.is_probe:
             return
-        stream, ratio = live.stream, self._ratio
+        stream, ratio = live.stream, live.stream.drive.speedup_ratio or 1.0
         counted = self._num_counted.setdefault(live, [0] * len(stream.sequences))
         for choice, num_before in enumerate(counted):
             sent_s = stream.sent_s[choice][max(0, num_before - 1) :]  # and the one before, where a gap begins
@@ -111,7 +110,7 @@ class RankStats:
                 self._add("ttft_s", (sent_s[0] - stream.arrival_s) / ratio)
             times = np.asarray(sent_s) / ratio
             self._add_many("itl_s", np.diff(times))
-            if self._is_paced:
+            if stream.drive.speedup_ratio:
                 due = np.asarray(stream.due_s[choice][num_before : num_before + num_new]) / ratio
                 self._add_many("lateness_s", times[-num_new:] - due)
 
@@ -137,7 +136,7 @@ class RankStats:
             self._add("longest_osl_tokens", max(num_tokens))
 
     def _add_ended(self, live: LiveRequest, choice: int) -> None:
-        stream, ratio = live.stream, self._ratio
+        stream, ratio = live.stream, live.stream.drive.speedup_ratio or 1.0
         sent_s = stream.sent_s[choice]
         # Whose KV cache came from elsewhere may decode at once, without a prefill.
         started_s = stream.queued_s if stream.started_s[choice] is None else stream.started_s[choice]

@@ -67,6 +67,8 @@ class FleetSettings:
             raise ConfigError(f"--port is {self.port}; it must be 1 to 65535, or 0 for any free one")
         if self.migration_limit is not None and self.migration_limit < 0:
             raise ConfigError(f"--migration-limit is {self.migration_limit}; it must be 0 or more")
+        for role in set(self.roles):
+            replace(self.worker, disaggregation_mode=role)  # finds what does not go together
         for fault in self.worker.faults:
             if fault.worker is not None and fault.worker >= len(self.roles):
                 raise ConfigError(

@@ -138,7 +138,9 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         except MockEngineError as error:
             raise EngineShutdown(str(error)) from error
         self._metrics.watch(self._drives, lambda: self._open.copy().values())
-        self.controls = Controls(self._drives, self.faults, engine, settings.engine, _profile_folder(settings))
+        self.controls = Controls(
+            self._drives, self.faults, engine, settings.engine, _profile_folder(settings), self._let_go
+        )
         if self._recording is not None:
             self._recording.start()
         logger.info(
@@ -248,7 +250,9 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             self.controls.close()
         for drive in self._drives:
             await drive.stop()
-        await self._role.stop()
+        role: AggregatedRole | None = self.__dict__.get("_role")
+        if role is not None:
+            await role.stop()
         if self._kv_feed is not None:
             self._kv_feed.close()
         for _ in range(_NUM_PARTING_LOOKS):  # a stream that nobody reads is not waited for longer
@@ -314,7 +318,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
 
     @property
     def _is_quiescent(self) -> bool:
-        return self._num_open() == 0 and self._role.num_transfers == 0
+        role: AggregatedRole | None = self.__dict__.get("_role")
+        return self._num_open() == 0 and (role is None or role.num_transfers == 0)
 
     @cached_property
     def _role(self) -> AggregatedRole:
@@ -371,6 +376,11 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         recording = self._recording
         if recording is not None and not live.is_probe:
             recording.add(live)
+
+    def _let_go(self) -> None:
+        """Cancel all that is open, also what a fault lets hang after its last token."""
+        for live in self._open.copy().values():
+            live.cancel()
 
     def _num_open(self) -> int:
         """

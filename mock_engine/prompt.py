@@ -53,7 +53,8 @@ class Planner:
     @staticmethod
     def is_slow(wire: Mapping[str, Any]) -> bool:
         """Whether `plan` may take milliseconds, which belong on another thread than the one that paces tokens."""
-        return bool((wire.get("sampling_options") or {}).get("guided_decoding"))
+        sampling, output = wire.get("sampling_options") or {}, wire.get("output_options") or {}
+        return bool(sampling.get("guided_decoding")) or output.get("prompt_logprobs") is not None
 
     def plan(self, request_id: str, wire: Mapping[str, Any]) -> list[Answer]:
         """One `Answer` a choice (`n`). Raises `RequestError`, for the client, if the request cannot be served."""

@@ -44,10 +44,10 @@ class Recording:
 
     async def stop(self) -> None:
         """Write what is left, and close the files."""
-        if self._task is not None:
+        if self._task is not None:  # else the engine did not start, and there is nothing to tell
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._write()
+            self._write()
         self._recorder.close()
 
     async def _run(self) -> None:

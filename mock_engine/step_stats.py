@@ -1,7 +1,7 @@
 """
 What the steps of one data-parallel rank add up to: how many, how long, how busy the GPU was, and what it drew.
 
-    stats = StepStats(profile, histograms)
+    stats = StepStats(profile, speedup_ratio, histograms)
     drive.on_step = stats.add
     stats.shares(drive.now_s())          of the last second: busy, tensor, DRAM, watts
 
@@ -51,10 +51,14 @@ class StepStats:
         self._work = GpuWork(profile.roofline)
         self._datasheet = profile.datasheet
         self._power = GPU_POWER.get(profile.gpu)
-        self._window_s = _WINDOW_S * (speedup_ratio or 1.0)
+        self.set_pace(speedup_ratio)
         self._recent: deque[_Done] = deque()
         self._step_tokens = histograms.get("step_tokens")
         self._step_s = histograms.get("step_s")
+
+    def set_pace(self, speedup_ratio: float) -> None:
+        """How many model seconds pass in a real one; from now on the window is of so many."""
+        self._window_s = _WINDOW_S * (speedup_ratio or 1.0)
 
     def add(self, step: Step, end_s: float) -> None:
         """A step is over."""

@@ -92,6 +92,7 @@ def make_results(**changes):
         kv_usage={"avg": 0.1, "max": 0.5},
         preemptions=0,
         prefix_cache_hit_rate=0.25,
+        speculative_decoding=None,
         cpu_us_per_token=100.0,
         num_cancelled=0,
         requests=rows,

@@ -170,7 +170,7 @@ def collector_of(profile_name, num_ranks=1, now_s=2.0):
     ranks = [StepStats(engine.profile, 1.0, {}) for _ in range(num_ranks)]
     for number, rank in enumerate(ranks):  # busy for 1/2 of the last second, 1/4, 1/8...
         rank.add(Step(0.5 ** (number + 1), Schedule([], True, decode_load(64, 1000))), now_s)
-    return DcgmCollector(engine, ranks, [SimpleNamespace(now_s=lambda: now_s)] * num_ranks, "1f")
+    return DcgmCollector(engine, ranks, [SimpleNamespace(speedup_ratio=1.0, now_s=lambda: now_s)] * num_ranks, "1f")
 
 
 def text_of(collector):
