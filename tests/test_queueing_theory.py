@@ -212,7 +212,9 @@ def test_prefill_link_and_decode_in_a_row_make_requests_wait_only_as_long_as_the
     """
     transfer_s = transfer_share * SERVICE_S
     deployment = disaggregated(
-        prefill=ONE_AT_A_TIME, decode=ONE_AT_A_TIME, kv_transfer_bandwidth=transfer_bandwidth(transfer_s, ISL)
+        prefill=ONE_AT_A_TIME,
+        decode=replace(ONE_AT_A_TIME, max_num_seqs=2),  # whoever runs does not keep the next one's KV cache from coming
+        kv_transfer_bandwidth=transfer_bandwidth(transfer_s, ISL),
     )
     arrivals_s = np.cumsum([0.0, *gaps_s]).tolist()
     watched = send(deployment, (single(ISL, 1, at_s) for at_s in arrivals_s))
