@@ -88,6 +88,7 @@ class ClusterFleet(Fleet):
         """Start the third worker; it is up when its status says so."""
         first, third = (str(self._status_path(worker)) for worker in (0, _THIRD))
         arguments = [third if word == first else word for word in self._worker_arguments(0)]
+        arguments += ["--dcgm-port", "0"]  # not the first one's
         grace = {"DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": str(grace_s)}
         return self._parts.spawn("the-third", arguments, self._environment() | grace)
 
