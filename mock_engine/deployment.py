@@ -31,7 +31,7 @@ from mock_engine.engine_settings import Engine, EngineSettings, build_engines
 from mock_engine.errors import ConfigError, RequestError
 from mock_engine.kv_transfer import DEFAULT_BANDWIDTH, TRANSFER_MODES, check_bandwidth, transfer_s
 from mock_engine.request import Request
-from mock_engine.roles import ROLES, check_num_workers
+from mock_engine.roles import ROLES, check_migration_limit, check_num_workers
 from mock_engine.router_settings import RouterSettings
 from mock_engine.routing import RoutedLoad, Router, make_router
 from mock_engine.step import StepLoad
@@ -72,8 +72,7 @@ class DeploymentSettings:
             )
         if not 0 <= self.startup_time < math.inf:
             raise ConfigError(f"--startup-time is {self.startup_time:g}; it must be 0 or more, in seconds")
-        if self.migration_limit < 0:
-            raise ConfigError(f"--migration-limit is {self.migration_limit}; it must be 0 or more")
+        check_migration_limit(self.migration_limit)
         for name, times_s in (("--start-worker", self.starts_s), ("--lose-worker", self.losses_s)):
             for worker, time_s in times_s.items():
                 if not 0 <= worker < self.num_workers:

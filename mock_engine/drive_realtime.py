@@ -211,13 +211,8 @@ class RealTimeDrive:
         return model_s / self._speedup_ratio if self._speedup_ratio else 0.0
 
     @property
-    def num_kept(self) -> int:
-        """Requests that have ended and whose blocks are still taken."""
-        return len(self._kept)
-
-    @property
     def num_kept_blocks(self) -> int:
-        """KV blocks that are taken for them alone."""
+        """KV blocks that are taken for requests that have ended, and for them alone."""
         kept = tuple(self._kept)
         hashes = {block_hash for sequence in kept for block_hash in sequence.table.hashes}
         hashes.difference_update(*(sequence.table.hashes for sequence in tuple(self.streams)))

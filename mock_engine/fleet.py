@@ -28,7 +28,7 @@ from mock_engine.faults import FailedStart
 from mock_engine.planes import Planes
 from mock_engine.processes import Part, Parts, free_port, free_ports, http_json, last_words
 from mock_engine.recorder import TimelineRow, read_status
-from mock_engine.roles import check_num_workers, num_workers_by_role
+from mock_engine.roles import check_migration_limit, check_num_workers, num_workers_by_role
 from mock_engine.router_settings import RouterSettings
 from mock_engine.worker_settings import WorkerSettings
 
@@ -65,8 +65,7 @@ class FleetSettings:
         check_num_workers(self.groups)
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port is {self.port}; it must be 1 to 65535, or 0 for any free one")
-        if self.migration_limit is not None and self.migration_limit < 0:
-            raise ConfigError(f"--migration-limit is {self.migration_limit}; it must be 0 or more")
+        check_migration_limit(self.migration_limit or 0)
         for role in set(self.roles):
             replace(self.worker, disaggregation_mode=role)  # finds what does not go together
         for fault in self.worker.faults:

@@ -57,11 +57,10 @@ class _Block:
 
 
 class KvEventLog:
-    """See the module. `num_told` blocks are known to the router."""
+    """See the module."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.num_told = 0
         self._blocks: dict[int, _Block] = {}
         # Blocks in the cache by their parents, which may be out of it. The inner ones are sets that keep their order.
         self._children: dict[int | None, dict[int, None]] = {}
@@ -122,7 +121,6 @@ class KvEventLog:
                 block.is_told = is_told
                 marked.append(block_hash)
                 open_hashes += reversed(self._children.get(block_hash, {}))
-        self.num_told += len(marked) if is_told else -len(marked)
         return marked
 
     def _chains(self, hashes: Iterable[int]) -> Iterator[Stored]:

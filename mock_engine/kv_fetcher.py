@@ -29,7 +29,6 @@ class KvFetcher:
     """All KV caches that are on their way to one engine. Belongs on the drive's loop."""
 
     def __init__(self, drive: RealTimeDrive, network: Network) -> None:
-        self.num_fetched = 0
         self.num_failed = 0  # and computed here
         self._drive = drive
         self._network = network
@@ -73,7 +72,6 @@ class KvFetcher:
                 async with self._link:
                     channel.send(go=True)
                     await channel.receive("sent")
-            self.num_fetched += 1
         except (ChannelError, TimeoutError) as error:
             level = logging.DEBUG if self.num_failed else logging.WARNING
             self.num_failed += 1

@@ -20,6 +20,12 @@ def check_num_workers(groups: Sequence[tuple[str, int]]) -> None:
         raise ConfigError("disaggregated serving needs both --prefill-workers and --decode-workers")
 
 
+def check_migration_limit(limit: int) -> None:
+    """Raise `ConfigError` for what `--migration-limit` cannot be."""
+    if limit < 0:
+        raise ConfigError(f"--migration-limit is {limit}; it must be 0 or more")
+
+
 def num_workers_by_role(workers: int | None, prefill: int | None, decode: int | None) -> list[tuple[str, int]]:
     """What `--workers`, `--prefill-workers` and `--decode-workers` say. Raises `ConfigError` for a mixture."""
     if prefill is None and decode is None:

@@ -14,15 +14,11 @@ from hypothesis import strategies as st
 from conformance.context import RequestContext
 from mock_engine.controls import CONTROLS, HOST_BYTES_PER_S, STORAGE_BYTES_PER_S, UPDATES
 from mock_engine.llm_engine import MockLLMEngine
-from tests.helpers.jumping_loop import run
-from tests.helpers.live_engine import NUM_BLOCKS, PROMPT, SMALL, answer_of, no_wall_clock, serving  # noqa: F401
+from tests.helpers.jumping_loop import now_s, run
+from tests.helpers.live_engine import NUM_BLOCKS, PROMPT, SMALL, answer_of, serving
 from tests.helpers.workloads import check_blocks
 
 pytestmark = pytest.mark.usefixtures("no_wall_clock")
-
-
-def now_s():
-    return asyncio.get_running_loop().time()
 
 
 async def ok(engine, name, **body):

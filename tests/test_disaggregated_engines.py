@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -20,18 +19,14 @@ from mock_engine.engine_settings import DEFAULT_PROFILE, load_profile
 from mock_engine.handoff import BYPASS_ANNOTATION
 from mock_engine.kv_transfer import DEFAULT_TIMEOUT_S, transfer_s
 from mock_engine.llm_engine import MockLLMEngine
-from mock_engine.output_tokens import OutputTokens
 from tests.helpers.deployments import decode_s
-from tests.helpers.jumping_loop import LoopClock, run
+from tests.helpers.jumping_loop import run
+from tests.helpers.live_engine import NUM_BLOCKS, SMALL
 from tests.helpers.memory_network import MemoryNetwork
 from tests.helpers.workloads import check_blocks
 
-BLOCK_SIZE = 8
-NUM_BLOCKS = 24
-SMALL = (
-    f"--max-model-len 128 --block-size {BLOCK_SIZE} --num-gpu-blocks-override {NUM_BLOCKS} --max-num-seqs 4 "
-    "--max-num-batched-tokens 32 --default-osl 12 --jitter 0"
-).split()
+pytestmark = pytest.mark.usefixtures("no_wall_clock")
+
 PROMPT = list(range(100, 150))
 REQUEST = {"token_ids": PROMPT, "stop_conditions": {"max_tokens": 5}}
 PROFILE = load_profile(DEFAULT_PROFILE)
@@ -40,16 +35,6 @@ PROFILE = load_profile(DEFAULT_PROFILE)
 def bandwidth_for(seconds):
     """GB/s at which the KV cache of PROMPT takes so long."""
     return len(PROMPT) * PROFILE.kv_bytes_per_token / seconds / 1e9
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_wall_clock():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mock_engine.llm_engine.RealTimeClock", LoopClock)
-        patch.setattr("mock_engine.worker_roles.RealTimeClock", LoopClock)
-        patch.setattr("mock_engine.engine_settings.load_profile", cache(load_profile))
-        patch.setattr(OutputTokens, "from_model_path", cache(OutputTokens.from_model_path))
-        yield
 
 
 class Cluster:
@@ -91,7 +76,7 @@ class Cluster:
             (drive,) = engine._drives
             check_blocks(drive.core)
             assert drive.core.scheduler.blocks.num_used == 0
-            assert drive.num_kept == drive.core.scheduler.num_kept_blocks == 0
+            assert len(drive._kept) == drive.core.scheduler.num_kept_blocks == 0
             assert not drive.core.scheduler.reserved
             assert not drive._wanting
 

@@ -15,7 +15,8 @@ from mock_engine.engine_settings import ENGINE_TYPES
 from mock_engine.fault_injector import FaultInjector
 from mock_engine.faults import parse_fault
 from mock_engine.request import Request
-from tests.helpers.jumping_loop import LoopClock, run
+from tests.helpers.drives import consume, send_all
+from tests.helpers.jumping_loop import LoopClock, now_s, run
 from tests.helpers.workloads import Arrival, check_blocks, make_core, workloads
 
 STEP_S = 0.008
@@ -27,21 +28,6 @@ def make_drive(*faults: str, core: Core | None = None, speedup_ratio: float = 1.
     core = core or make_core(timing=lambda _: STEP_S)
     injector = FaultInjector([parse_fault(text) for text in faults], seed=0, die=die)
     return RealTimeDrive(core, LoopClock(), speedup_ratio, faults=injector)
-
-
-async def consume(drive, stream):
-    """Take everything; return the loop's time at which each token came out."""
-    times = []
-    while tokens := await stream.next_tokens():
-        drive.note_sent(stream, tokens)
-        times += [now_s()] * len(tokens)
-        if tokens[-1].is_last:
-            break
-    return times
-
-
-def now_s():
-    return asyncio.get_running_loop().time()
 
 
 def times_with(*faults: str, num_tokens: int = 8, speedup_ratio: float = 1.0) -> list[float]:
@@ -134,18 +120,8 @@ def test_whatever_is_taken_away_and_cancelled_every_block_comes_back(
         drive.profiler = lambda *_: check_blocks(core)
         drive.start()
 
-        async def client(arrival: Arrival) -> None:
-            await asyncio.sleep(arrival.at_step * 0.005)
-            stream = drive.submit([arrival.request])
-            if arrival.cancel_at_step is not None:
-                asyncio.get_running_loop().call_later(
-                    (arrival.cancel_at_step - arrival.at_step) * 0.004, drive.cancel, stream
-                )
-            times = await consume(drive, stream)
-            assert stream.is_cancelled or len(times) == arrival.request.osl_tokens
-
         async with asyncio.timeout(1000):
-            await asyncio.gather(*map(client, workload))
+            await send_all(drive, workload)
         drive._faults.set([], drive.now_s())
         await asyncio.sleep(0.2)  # the timers of late cancels, and a look at the faults
         check_blocks(core)

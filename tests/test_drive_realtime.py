@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mock_engine.core import Core
 from mock_engine.drive_realtime import RealTimeDrive
 from mock_engine.request import Request
+from tests.helpers.drives import consume, send_all
 from tests.helpers.jumping_loop import LoopClock, run
 from tests.helpers.workloads import Arrival, check_blocks, make_core, workloads
 
@@ -24,19 +25,6 @@ def make_drive(core: Core | None = None, speedup_ratio: float = 1.0) -> RealTime
         core = make_core()
         core._times.step_s = lambda _: STEP_S
     return RealTimeDrive(core, LoopClock(), speedup_ratio)
-
-
-async def consume(drive, stream, seconds_per_token=0.0):
-    """Take everything; return the loop's time at which each token came out."""
-    times = []
-    while tokens := await stream.next_tokens():
-        drive.note_sent(stream, tokens)
-        for _ in tokens:
-            times.append(asyncio.get_running_loop().time())
-            await asyncio.sleep(seconds_per_token)
-        if tokens[-1].is_last:
-            break
-    return times
 
 
 def test_tokens_come_out_exactly_when_they_are_due():
@@ -132,17 +120,7 @@ def test_whatever_is_cancelled_everything_comes_back(workload: list[Arrival], sp
         drive = make_drive(core, speedup_ratio)
         drive.start()
 
-        async def client(arrival: Arrival) -> None:
-            await asyncio.sleep(arrival.at_step * 0.005)
-            stream = drive.submit([arrival.request])
-            if arrival.cancel_at_step is not None:
-                asyncio.get_running_loop().call_later(
-                    (arrival.cancel_at_step - arrival.at_step) * 0.004, drive.cancel, stream
-                )
-            times = await consume(drive, stream)
-            assert stream.is_cancelled or len(times) == arrival.request.osl_tokens
-
-        await asyncio.gather(*map(client, workload))
+        await send_all(drive, workload)
         await asyncio.sleep(0.1)  # the timers of late cancels
         check_blocks(core)
         assert core.scheduler.blocks.num_used == 0

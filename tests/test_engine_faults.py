@@ -11,14 +11,10 @@ from mock_engine.cli import main as command
 from mock_engine.dynamo_release import ERROR_TYPES, EngineShutdown
 from mock_engine.faults import DEATH_STATUS
 from mock_engine.llm_engine import MockLLMEngine
-from tests.helpers.jumping_loop import run
-from tests.helpers.live_engine import NUM_BLOCKS, SMALL, answer_of, no_wall_clock, serving  # noqa: F401
+from tests.helpers.jumping_loop import now_s, run
+from tests.helpers.live_engine import NUM_BLOCKS, SMALL, answer_of, serving
 
 pytestmark = pytest.mark.usefixtures("no_wall_clock")
-
-
-def now_s():
-    return asyncio.get_running_loop().time()
 
 
 def answers_with(*faults: str, num_requests: int, seed: int = 0, max_tokens: int = 5):

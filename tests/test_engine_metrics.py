@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import csv
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,10 @@ from conformance.bridge import BridgeStream
 from conformance.context import RequestContext
 from mock_engine.bucket_counts import BucketCounts
 from mock_engine.drive_realtime import RealTimeDrive
-from mock_engine.engine_settings import EngineSettings, build_engine, load_profile
+from mock_engine.engine_settings import EngineSettings, build_engine
 from mock_engine.exposition import EngineCollector
 from mock_engine.live_request import LiveRequest
 from mock_engine.llm_engine import MockLLMEngine
-from mock_engine.output_tokens import OutputTokens
 from mock_engine.prompt import Answer
 from mock_engine.request import Request
 from tests.helpers.jumping_loop import LoopClock, run
@@ -34,15 +32,7 @@ SMALL = (
 )
 CONTEXT_OF_REFERENCE = 40_960
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_wall_clock():
-    """Time is the loop's; files that never change are read once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mock_engine.llm_engine.RealTimeClock", LoopClock)
-        patch.setattr("mock_engine.engine_settings.load_profile", cache(load_profile))
-        patch.setattr(OutputTokens, "from_model_path", cache(OutputTokens.from_model_path))
-        yield
+pytestmark = pytest.mark.usefixtures("no_wall_clock")
 
 
 class DynamoMetrics:

@@ -19,7 +19,7 @@ from mock_engine.processes import free_ports
 from mock_engine.recorder import Recorder
 from mock_engine.worker_settings import WorkerSettings
 from tests.helpers.jumping_loop import run
-from tests.helpers.live_engine import SMALL, answer_of, no_wall_clock, serving  # noqa: F401
+from tests.helpers.live_engine import SMALL, answer_of, serving
 
 pytestmark = pytest.mark.usefixtures("no_wall_clock")
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import struct
-import threading
-from contextlib import asynccontextmanager
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,16 +18,11 @@ from mock_engine.engine_settings import DEFAULT_PROFILE, DEFAULT_TOKENIZER, load
 from mock_engine.llm_engine import MockLLMEngine
 from mock_engine.output_tokens import OutputTokens
 from mock_engine.recorder import read_requests, read_timeline
-from tests.helpers.jumping_loop import LoopClock, run
+from tests.helpers.jumping_loop import run
+from tests.helpers.live_engine import BLOCK_SIZE, MAX_MODEL_LEN, SMALL, check_nothing_left, serving
 from tests.helpers.workloads import check_blocks
 
-MAX_MODEL_LEN = 128
-BLOCK_SIZE = 8
-DEFAULT_OSL = 12
-SMALL = (
-    f"--max-model-len {MAX_MODEL_LEN} --block-size {BLOCK_SIZE} --num-gpu-blocks-override 24 --max-num-seqs 4 "
-    f"--max-num-batched-tokens 32 --default-osl {DEFAULT_OSL} --jitter 0"
-).split()
+pytestmark = pytest.mark.usefixtures("no_wall_clock")
 
 PROMPT = list(range(100, 140))
 LONG = {"token_ids": PROMPT, "stop_conditions": {"max_tokens": 80}}
@@ -42,44 +34,6 @@ SAMPLING_KEYS = ("n", "best_of", "temperature", "top_p", "top_k", "min_p", "seed
 OTHER_KEYS = ("model", "output_options", "eos_token_ids", "annotations", "extra_args", "multi_modal_data")
 
 MOMENTS = ("before the first read", "between reads", "while a read is pending")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_wall_clock():
-    """Time is the loop's; files that never change are read once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mock_engine.llm_engine.RealTimeClock", LoopClock)
-        patch.setattr("mock_engine.engine_settings.load_profile", cache(load_profile))
-        patch.setattr(OutputTokens, "from_model_path", cache(OutputTokens.from_model_path))
-        yield
-
-
-@asynccontextmanager
-async def serving(*flags):
-    """A small engine that has started. When the block is over, nothing of any request may be left."""
-    threads = set(threading.enumerate())
-    engine, _ = await MockLLMEngine.from_args([*SMALL, *flags])
-    await engine.start(1)
-    try:
-        async with asyncio.timeout(1000):  # of the loop's time, so a read that never ends fails at once
-            yield engine
-        check_nothing_left(engine)
-    finally:
-        await engine.cleanup()
-    check_nothing_left(engine)
-    assert set(threading.enumerate()) <= threads
-
-
-def check_nothing_left(engine):
-    for drive in engine._drives:
-        scheduler = drive.core.scheduler
-        check_blocks(drive.core)
-        assert scheduler.blocks.num_used == 0
-        assert not scheduler.num_running
-        assert not scheduler.waiting
-        assert not drive.streams
-        assert not drive._arrivals
-    assert not engine._open
 
 
 def num_working(engine):

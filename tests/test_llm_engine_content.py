@@ -15,14 +15,12 @@ from conformance.context import RequestContext
 from mock_engine.dynamo_release import EngineShutdown, InvalidArgument
 from mock_engine.llm_engine import MockLLMEngine
 from tests.helpers.content import EOS, WRITER
-from tests.helpers.jumping_loop import LoopClock, run
+from tests.helpers.jumping_loop import run
 
 WIRE = {"token_ids": list(range(40)), "stop_conditions": {"max_tokens": 6}}
 
 
-@pytest.fixture(autouse=True)
-def _no_wall_clock(monkeypatch):
-    monkeypatch.setattr("mock_engine.llm_engine.RealTimeClock", LoopClock)
+pytestmark = pytest.mark.usefixtures("no_wall_clock")
 
 
 @asynccontextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -11,11 +10,9 @@ from hypothesis import strategies as st
 
 from conformance.bridge import BridgeStream
 from conformance.context import RequestContext
-from mock_engine.engine_settings import load_profile
 from mock_engine.llm_engine import MockLLMEngine
-from mock_engine.output_tokens import OutputTokens
 from mock_engine.request_spans import is_traced
-from tests.helpers.jumping_loop import LoopClock, run
+from tests.helpers.jumping_loop import run
 
 SMALL = (
     *("--max-model-len", "128", "--block-size", "8", "--num-gpu-blocks-override", "24"),
@@ -24,14 +21,8 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_wall_clock():
-    """Time is the loop's; files that never change are read once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mock_engine.llm_engine.RealTimeClock", LoopClock)
-        patch.setattr("mock_engine.llm_engine.is_traced", lambda: True)
-        patch.setattr("mock_engine.engine_settings.load_profile", cache(load_profile))
-        patch.setattr(OutputTokens, "from_model_path", cache(OutputTokens.from_model_path))
-        yield
+def _is_traced(no_wall_clock):
+    no_wall_clock.setattr("mock_engine.llm_engine.is_traced", lambda: True)
 
 
 class Span:

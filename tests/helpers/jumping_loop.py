@@ -2,6 +2,7 @@
 Asyncio tests in no time, on `conformance.virtual_loop`.
 
     run(main())        like asyncio.run
+    now_s()            inside it
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ class LoopClock:
     """The loop's own time, as a clock for a drive."""
 
     def now_s(self) -> float:
-        return asyncio.get_running_loop().time()
+        return now_s()
 
     async def wait_until(self, due_s: float) -> None:
         await asyncio.sleep(max(0.0, due_s - self.now_s()))
 
     def close(self) -> None:
         pass
+
+
+def now_s() -> float:
+    """The running loop's time."""
+    return asyncio.get_running_loop().time()
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

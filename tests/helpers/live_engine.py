@@ -4,7 +4,7 @@ A small engine as Dynamo's bridge drives it, on a loop whose time jumps.
     async with serving("--fault", "slow") as engine:
         answer = await answer_of(engine, max_tokens=5)
 
-Needs the fixture `no_wall_clock`.
+Needs the fixture `no_wall_clock` of conftest.
 """
 
 from __future__ import annotations
@@ -14,36 +14,22 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
-
-import pytest
 
 from conformance.bridge import BridgeStream
 from conformance.context import RequestContext
-from mock_engine.engine_settings import load_profile
 from mock_engine.llm_engine import MockLLMEngine
-from mock_engine.output_tokens import OutputTokens
-from tests.helpers.jumping_loop import LoopClock
 from tests.helpers.workloads import check_blocks
 
 NUM_BLOCKS = 24
 BLOCK_SIZE = 8
+MAX_MODEL_LEN = 128
+DEFAULT_OSL = 12
 SMALL = (
-    f"--max-model-len 128 --block-size {BLOCK_SIZE} --num-gpu-blocks-override {NUM_BLOCKS} --max-num-seqs 4 "
-    "--max-num-batched-tokens 32 --default-osl 12 --jitter 0"
+    f"--max-model-len {MAX_MODEL_LEN} --block-size {BLOCK_SIZE} --num-gpu-blocks-override {NUM_BLOCKS} "
+    f"--max-num-seqs 4 --max-num-batched-tokens 32 --default-osl {DEFAULT_OSL} --jitter 0"
 ).split()
 PROMPT = tuple(range(100, 140))
-
-
-@pytest.fixture(scope="module")
-def no_wall_clock():
-    """Time is the loop's; files that never change are read once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mock_engine.llm_engine.RealTimeClock", LoopClock)
-        patch.setattr("mock_engine.engine_settings.load_profile", cache(load_profile))
-        patch.setattr(OutputTokens, "from_model_path", cache(OutputTokens.from_model_path))
-        yield
 
 
 @asynccontextmanager
@@ -55,17 +41,25 @@ async def serving(*flags: str) -> AsyncIterator[MockLLMEngine]:
     try:
         async with asyncio.timeout(1000):  # of the loop's time, so a read that never ends fails at once
             yield engine
-        for drive in engine._drives:
-            scheduler = drive.core.scheduler
-            check_blocks(drive.core)
-            assert scheduler.blocks.num_used == scheduler.num_held_blocks
-            assert not scheduler.num_running
-            assert not scheduler.waiting
-            assert not drive.streams
-        assert not engine._open
+        check_nothing_left(engine)
     finally:
         await engine.cleanup()
+    check_nothing_left(engine)
     assert set(threading.enumerate()) <= threads
+
+
+def check_nothing_left(engine: MockLLMEngine) -> None:
+    """No request is remembered, and no block taken but by a fault."""
+    for drive in engine._drives:
+        scheduler = drive.core.scheduler
+        check_blocks(drive.core)
+        assert scheduler.blocks.num_used == scheduler.num_held_blocks
+        assert not scheduler.num_held_blocks or not engine.faults.is_empty
+        assert not scheduler.num_running
+        assert not scheduler.waiting
+        assert not drive.streams
+        assert not drive._arrivals
+    assert not engine._open
 
 
 @dataclass
