@@ -20,6 +20,7 @@ from conformance.catalogue import load_catalogue, select
 from conformance.rules import abort, cancel, checks, drop, life
 from conformance.selftest.kill import verdict_on, verdicts_of
 from conformance.selftest.mutants import Mutant, mutants
+from conformance.selftest.toy import ToyEngine, Work
 from conformance.settings import Role, SuiteSettings
 from conformance.streams import DriverName
 from conformance.transcript import Event, Transcript, Violation
@@ -55,6 +56,29 @@ def test_every_rule_that_is_checked_has_a_broken_engine():
     assert checks().keys() & installed <= {mutant.rule_id for mutant in OURS}
 
 
+class HastyToy(ToyEngine):
+    """Whenever a second abort comes, the whole answer is on its way already: what is left of it, as one chunk."""
+
+    num_aborts = 0
+
+    def abort_work(self, work: Work) -> None:
+        self.num_aborts += 1
+        if self.num_aborts % 2:
+            super().abort_work(work)
+        elif not work.is_aborted:
+            vars(work)["is_made"] = True
+
+    def is_cancelled(self, work: Work, context: Any) -> bool:
+        return "is_made" not in vars(work) and super().is_cancelled(work, context)
+
+    def chunk(self, work: Work, token: int) -> dict[str, Any]:
+        chunk = super().chunk(work, token)
+        while "is_made" in vars(work) and len(work.output) < self.budget(work):
+            work.output.append(self.next_token(work))
+            chunk["token_ids"].append(work.output[-1])
+        return chunk
+
+
 @pytest.mark.parametrize(
     ("engine", "arguments", "role", "driver"),
     [
@@ -65,6 +89,7 @@ def test_every_rule_that_is_checked_has_a_broken_engine():
         (TOY, "", "encode", "bridge"),
         ("conformance.selftest.toy:ToyWithoutProbe", "--max-num-seqs 1", None, "bridge"),
         ("conformance.selftest.toy:ToyWithChoices", "--logprobs", None, "bridge"),
+        ("tests.test_conformance_rules_life:HastyToy", "", None, "bridge"),
     ],
 )
 def test_a_correct_engine_is_not_blamed(engine: str, arguments: str, role: Role | None, driver: DriverName):

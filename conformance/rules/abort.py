@@ -54,7 +54,7 @@ async def by_id(bench: Bench, draw: Draw) -> None:
     if choices is not None and (await bench.talk(short_of(other, 1), reads_on=True)).error is not None:
         other["sampling_options"]["n"] = choices = None
     with_fresh = await _abort_alone(bench, other, place, fraction, is_fresh=True)
-    assume(with_fresh.of_kind("abort"))
+    assume(with_fresh.of_kind("abort") and not is_complete(bench, with_fresh))
     by_id_of(with_same, with_fresh, bench.cancel_within_s, choices or 1)
 
 
