@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,6 +278,16 @@ def test_at_most_one_chunk_of_tokens_follows_a_stop(before: int, after: int):
     else:
         with pytest.raises(Violation, match=f"after the stop {after} more chunks"):
             cancelled_of(stopped)
+
+
+@given(n=st.integers(1, 4), before=st.integers(0, 12), after=st.integers(1, 12))
+def test_an_answer_was_there_before_the_stop_if_what_follows_was_sent_or_ready(n: int, before: int, after: int):
+    """Chunks of tokens that were made before are sent one for each choice; a second round is what was ready then."""
+    stopped = transcript(*[TOKEN] * before, "stop", *[TOKEN] * (after - 1), LENGTH, "end")
+    request = wire_request([1, 2], max_tokens=1, sampling={"n": n})
+    whole = Transcript("r1", {**request, "stop_conditions": {"max_tokens": (before + after) // n}}, stopped.events)
+    bench: Any = SimpleNamespace(facts=SimpleNamespace(role="agg"))
+    assert cancel.is_complete(bench, whole) == (after <= 2 * n)
 
 
 @pytest.mark.parametrize("level", ["WARNING", "ERROR", "CRITICAL"])

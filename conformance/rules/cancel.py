@@ -107,7 +107,7 @@ def is_complete(bench: Bench, transcript: Transcript) -> bool:
     budget = transcript.request["stop_conditions"].get("max_tokens")
     num_choices = transcript.request["sampling_options"].get("n") or 1
     is_whole = gives_one_chunk(bench) or (isinstance(budget, int) and len(transcript.token_ids) >= budget * num_choices)
-    came_at_once = len(transcript.chunks_after(*_STOPS)) <= 1 + num_choices
+    came_at_once = len(transcript.chunks_after(*_STOPS)) <= 2 * num_choices  # what is sent, and all that is ready then
     return is_whole and came_at_once and bool(transcript.terminals) and not transcript.is_cancelled
 
 
