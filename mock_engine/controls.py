@@ -1,7 +1,7 @@
 """
 What can be asked of a live engine over its worker's system port, and what comes of it.
 
-    controls = Controls(drives, faults, engine, settings, profile_folder, let_go)
+    controls = Controls(drives, faults, engine, settings, profile_folder, cancel_all)
     answer = await controls.control("sleep", {"level": 1})       a JSON object: "status" is "ok" or "error"
     answer = await controls.update("timing", {"speedup_ratio": 10})
     controls.close()
@@ -56,15 +56,15 @@ class Controls:
         engine: Engine,
         settings: EngineSettings,
         profile_folder: Path,
-        let_go: Callable[[], None],
+        cancel_all: Callable[[], None],
     ) -> None:
-        """`let_go` cancels all open requests."""
+        """`cancel_all` ends every open request, also one that a fault lets hang."""
         self._drives = drives
         self._faults = faults
         self._engine = engine
         self._seed = settings.seed
         self._profile_folder = profile_folder
-        self._cancel_all = let_go
+        self._cancel_all = cancel_all
         self._lock = asyncio.Lock()
         self._is_paused = False
         self._asleep: set[str] = set()

@@ -66,7 +66,7 @@ class FleetSettings:
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port is {self.port}; it must be 1 to 65535, or 0 for any free one")
         check_migration_limit(self.migration_limit or 0)
-        for role in set(self.roles):
+        for role, _ in self.groups:
             replace(self.worker, disaggregation_mode=role)  # finds what does not go together
         for fault in self.worker.faults:
             if fault.worker is not None and fault.worker >= len(self.roles):

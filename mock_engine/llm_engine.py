@@ -139,7 +139,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             raise EngineShutdown(str(error)) from error
         self._metrics.watch(self._drives, lambda: self._open.copy().values())
         self.controls = Controls(
-            self._drives, self.faults, engine, settings.engine, _profile_folder(settings), self._let_go
+            self._drives, self.faults, engine, settings.engine, _profile_folder(settings), self._cancel_all
         )
         if self._recording is not None:
             self._recording.start()
@@ -250,9 +250,8 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
             self.controls.close()
         for drive in self._drives:
             await drive.stop()
-        role: AggregatedRole | None = self.__dict__.get("_role")
-        if role is not None:
-            await role.stop()
+        if self._made_role is not None:
+            await self._made_role.stop()
         if self._kv_feed is not None:
             self._kv_feed.close()
         for _ in range(_NUM_PARTING_LOOKS):  # a stream that nobody reads is not waited for longer
@@ -318,13 +317,18 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
 
     @property
     def _is_quiescent(self) -> bool:
-        role: AggregatedRole | None = self.__dict__.get("_role")
-        return self._num_open() == 0 and (role is None or role.num_transfers == 0)
+        return self._num_open() == 0 and (self._made_role is None or self._made_role.num_transfers == 0)
 
     @cached_property
     def _role(self) -> AggregatedRole:
         """What this worker does of a request."""
         return make_role(self.settings, self._engine)
+
+    @property
+    def _made_role(self) -> AggregatedRole | None:
+        """The same, without making it: settings with which nothing starts make none."""
+        role: AggregatedRole | None = self.__dict__.get("_role")
+        return role
 
     @cached_property
     def _engines(self) -> list[Engine]:
@@ -377,7 +381,7 @@ class MockLLMEngine(LLMEngine):  # type: ignore[misc]
         if recording is not None and not live.is_probe:
             recording.add(live)
 
-    def _let_go(self) -> None:
+    def _cancel_all(self) -> None:
         """Cancel all that is open, also what a fault lets hang after its last token."""
         for live in self._open.copy().values():
             live.cancel()

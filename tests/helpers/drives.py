@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Sequence
 
 from mock_engine.drive_realtime import RealTimeDrive, Stream
+from tests.helpers.jumping_loop import now_s
 from tests.helpers.workloads import Arrival
 
 
@@ -20,7 +21,7 @@ async def consume(drive: RealTimeDrive, stream: Stream, seconds_per_token: float
     while tokens := await stream.next_tokens():
         drive.note_sent(stream, tokens)
         for _ in tokens:
-            times.append(asyncio.get_running_loop().time())
+            times.append(now_s())
             await asyncio.sleep(seconds_per_token)
         if tokens[-1].is_last:
             break

@@ -19,6 +19,7 @@ from typing import Any
 from conformance.bridge import BridgeStream
 from conformance.context import RequestContext
 from mock_engine.llm_engine import MockLLMEngine
+from tests.helpers.jumping_loop import now_s
 from tests.helpers.workloads import check_blocks
 
 NUM_BLOCKS = 24
@@ -87,7 +88,7 @@ async def answer_of(
     try:
         while (chunk := await stream.read()) is not None:
             answer.tokens += chunk["token_ids"]
-            answer.times_s += [asyncio.get_running_loop().time()] * len(chunk["token_ids"])
+            answer.times_s += [now_s()] * len(chunk["token_ids"])
             answer.finish_reason = chunk.get("finish_reason")
             answer.usage = chunk.get("completion_usage", {})
     except Exception as error:
