@@ -24,7 +24,14 @@ pytestmark = [
 ]
 
 
-DYNAMO_S_OWN = "push_handler: Failed to publish response for stream"
+def is_an_error_of_the_engine(line):
+    """Whether a line of a worker's log is an error of the engine.
+
+    Dynamo's network layer logs errors of its own, for any engine, when a client leaves before it has noticed: which
+    ones depends on whether it was sending a token, the frame that says that the answer is complete, or nothing.
+    """
+    is_about_the_connection = "dynamo_runtime::pipeline::network::" in line and "Failed to generate" not in line
+    return "ERROR" in line and not is_about_the_connection
 
 
 async def chat(session, facts, content="hello", **options):
@@ -191,7 +198,5 @@ def test_a_thousand_cancels_through_the_frontend_leave_nothing_behind(tmp_path):
         assert ask(facts, max_tokens=3)[0] == 200
         log = (status_path.parent / "worker-0.log").read_text(encoding="utf-8")
         assert "Traceback" not in log
-        # Dynamo logs it when a client is gone before it has noticed itself; it does so for any engine.
-        unexpected = [line for line in log.splitlines() if "ERROR" in line and DYNAMO_S_OWN not in line]
-        assert unexpected == []
+        assert [line for line in log.splitlines() if is_an_error_of_the_engine(line)] == []
         assert command.process.poll() is None
