@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mock_engine.errors import ConfigError, ProcessError
@@ -59,7 +60,7 @@ class Parts:
         """Start Python with `arguments`; `environment` goes over this process's own."""
         self._folder.mkdir(parents=True, exist_ok=True)
         log_path = self._folder / f"{name}.log"
-        with log_path.open("wb") as log:
+        with log_path.open("wb") as log, _interrupts_held():
             process = _on_a_thread_that_stays(
                 lambda: subprocess.Popen(
                     [sys.executable, *arguments],
@@ -71,8 +72,8 @@ class Parts:
                     preexec_fn=die_with_parent() if sys.platform == "linux" else None,
                 )
             )
-        part = Part(name, process, log_path)
-        self.all.append(part)
+            part = Part(name, process, log_path)
+            self.all.append(part)
         return part
 
     def check(self, may_end: Collection[str] = ()) -> None:
@@ -92,7 +93,7 @@ class Parts:
 
     def stop(self) -> None:
         """Stop all parts, the last one first, and wait until they are gone. Safe twice; not cut short by signals."""
-        with _signals_ignored():
+        with _interrupts_ignored():
             for part in reversed(self.all):
                 if part.process.poll() is None:
                     part.process.terminate()
@@ -179,14 +180,34 @@ def _how_it_ended(status: int) -> str:
 
 
 @contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """Neither Ctrl-C nor SIGTERM cuts the block short. Python's handlers run on the main thread, and harm no other."""
+def _interrupts_held() -> Iterator[None]:
+    """
+    Ctrl-C or SIGTERM during the block has its effect after it, with the new part among those to be stopped.
+
+    Python drops what a handler raises while it forks (in the functions of `os.register_at_fork`, such as logging's):
+    the interrupt would be lost.
+    """
+    came: list[int] = []
+    with _interrupts_handled_by(lambda number, _frame: came.append(number)):
+        yield
+    for number in came[:1]:
+        signal.raise_signal(number)
+
+
+def _interrupts_ignored() -> contextlib.AbstractContextManager[None]:
+    """Neither Ctrl-C nor SIGTERM cuts the block short."""
+    return _interrupts_handled_by(signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _interrupts_handled_by(handler: signal.Handlers | Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Python's handlers run on the main thread, and harm no other."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, its_handler in before.items():
+            signal.signal(number, its_handler)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-PATIENCE_S = 60.0  # for a condition to come true; never waited for in full when all is well
+PATIENCE_S = 300.0  # for a condition to come true; never waited for in full when all is well
 
 
 def wait_for(condition: Callable[[], Any], what: str | Callable[[], str]) -> Any:
@@ -48,12 +48,16 @@ class Command:
 
     @classmethod
     def stop_all(cls) -> None:
-        """Stop what still runs."""
+        """Stop what still runs, none of which may refuse to."""
         while cls.started:
             command = cls.started.pop()
             if command.process.poll() is None:
                 command.interrupt(signal.SIGTERM)
-                command.exit_status()
+                try:
+                    command.exit_status()
+                finally:
+                    command.process.kill()
+                    command.process.wait()
 
     @property
     def output(self) -> str:
@@ -91,6 +95,15 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def num_inotify_instances(pid: int) -> int:
+    """How many it has to watch files with."""
+    found = 0
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed just now
+            found += "inotify" in str(path.readlink())
+    return found
 
 
 def session_members(session: int) -> list[int]:
