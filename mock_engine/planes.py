@@ -3,7 +3,7 @@ How the parts of a Dynamo deployment find and reach each other: Dynamo's three f
 
     Planes()                                      files, TCP and ZeroMQ: nothing else has to run
     planes = Planes("etcd", "nats", "nats")       a cluster that is already there
-    planes.check(os.environ)                      raises `ConfigError` if etcd or NATS is not there
+    planes.check(os.environ)                      raises `ConfigError` if what they need is not there
     ["-m", "dynamo.frontend", *planes.to_argv()]
 
 Where etcd and NATS are, Dynamo's own variables say (ETCD_ENDPOINTS, NATS_SERVER).
@@ -12,7 +12,11 @@ Where etcd and NATS are, Dynamo's own variables say (ETCD_ENDPOINTS, NATS_SERVER
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import os
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from urllib.parse import urlsplit
@@ -26,6 +30,7 @@ CHOICES = {
     "event_plane": ("zmq", "nats"),
 }
 _CONNECT_TIMEOUT_S = 3.0
+MAX_WATCHES = 16  # inotify instances of one frontend: 5 for --workers N, 13 with roles and the KV router (1.4.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +61,34 @@ class Planes:
         return self.discovery_backend == "etcd"
 
     def check(self, environment: Mapping[str, str]) -> None:
-        """Raise `ConfigError` unless all that these planes need takes connections where `environment` says it is."""
+        """
+        Raise `ConfigError` unless all that these planes need is there: etcd and NATS, where `environment` says they
+        are, or what Linux lends a user to watch files with.
+        """
+        if self.discovery_backend == "file" and sys.platform == "linux":
+            _check_watches()
         if self.discovery_backend == "etcd":
             _check_one("etcd", "ETCD_ENDPOINTS", environment.get("ETCD_ENDPOINTS") or "http://localhost:2379", 2379)
         if "nats" in (self.request_plane, self.event_plane):
             _check_one("NATS", "NATS_SERVER", environment.get("NATS_SERVER") or "nats://localhost:4222", 4222)
+
+
+def _check_watches() -> None:
+    """
+    With too few inotify instances Dynamo's frontend starts, reads the files once and logs without end that it watches
+    them again (1.4.2): it sends requests to workers that have left, and none to those that come. So look before.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    with contextlib.ExitStack() as held:
+        for number in range(MAX_WATCHES):
+            if (watch := libc.inotify_init1(os.O_CLOEXEC)) < 0:
+                raise ConfigError(
+                    f"only {number} inotify instances are left to this user ({os.strerror(ctypes.get_errno())}), and "
+                    f"Dynamo's frontend takes up to {MAX_WATCHES} to find its workers. End other programs that watch "
+                    f"files (editors, other frontends), raise the limit (sysctl fs.inotify.max_user_instances=1024), "
+                    f"or use --discovery-backend etcd."
+                )
+            held.callback(os.close, watch)
 
 
 def _check_one(name: str, variable: str, urls: str, default_port: int) -> None:

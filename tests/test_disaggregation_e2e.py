@@ -13,8 +13,9 @@ import aiohttp
 import pytest
 
 from mock_engine.fleet import Fleet, FleetSettings
+from mock_engine.planes import MAX_WATCHES
 from mock_engine.worker_settings import WorkerSettings
-from tests.helpers.processes import wait_for
+from tests.helpers.processes import num_inotify_instances, wait_for
 
 pytestmark = [
     pytest.mark.e2e,
@@ -78,6 +79,7 @@ def test_a_prefill_and_two_decode_workers_serve_lose_nothing_and_keep_nothing(tm
 
     with Fleet(settings, tmp_path) as fleet:
         assert [part.name for part in fleet.parts] == ["frontend", "prefill-0", "decode-0", "decode-1"]
+        assert 0 < num_inotify_instances(fleet.parts[0].process.pid) <= MAX_WATCHES
         asyncio.run(main(fleet))
         for part in fleet.parts[1:]:
             assert "Traceback" not in part.log_path.read_text(encoding="utf-8")

@@ -8,8 +8,9 @@ import urllib.request
 
 import pytest
 
+from mock_engine.planes import MAX_WATCHES
 from mock_engine.processes import http_json
-from tests.helpers.processes import serving, wait_for
+from tests.helpers.processes import num_inotify_instances, serving, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
@@ -41,6 +42,7 @@ def test_the_kv_router_sends_a_prompt_to_the_rank_that_has_it_and_learns_of_evic
     with serving(tmp_path, *flags, "--num-gpu-blocks-override", str(NUM_BLOCKS)) as (command, facts):
         assert (facts["router_mode"], facts["data_parallel_size"]) == ("kv", 2)
         assert f"2 workers of 2 ranks, each with {NUM_BLOCKS} KV blocks" in command.output
+        assert 0 < num_inotify_instances(facts["pids"]["frontend"]) <= MAX_WATCHES
         prompts = ["other world " * 200, "some new thing " * 150, "first of all " * 150]
         for prompt in prompts:
             assert cached_tokens(facts, prompt)[0] < 32  # what all prompts begin with

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import os
 import socket
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +45,27 @@ def test_what_dynamo_does_not_have_is_one_line_that_says_what_there_is(name):
 
 def test_without_etcd_and_nats_nothing_has_to_be_there():
     Planes().check({"ETCD_ENDPOINTS": "http://127.0.0.1:1", "NATS_SERVER": "nats://127.0.0.1:1"})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files are watched in another way")
+def test_with_too_little_to_watch_files_with_nothing_starts():
+    """It is the same error whether the user's inotify instances are used up or, as here, the process's files."""
+    resource = importlib.import_module("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_file = _next_file()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_file + 4, limits[1]))
+        with pytest.raises(ConfigError, match=r"^only \d inotify instances are left .*\(Too many open files\)"):
+            Planes().check({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert _next_file() == next_file  # it has closed them
+
+
+def _next_file():
+    """The number of the next file that is opened."""
+    with Path(os.devnull).open() as file:
+        return file.fileno()
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:{}", "127.0.0.1:{}", "http://127.0.0.1:1, http://127.0.0.1:{}/"])
