@@ -17,9 +17,11 @@ import os
 import secrets
 import sys
 import time
+import urllib.error
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from mock_engine.engine_settings import Engine, build_engine
 from mock_engine.errors import ConfigError, ProcessError
@@ -34,6 +36,8 @@ from mock_engine.worker_settings import WorkerSettings
 
 START_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 60.0
+# On a busy machine Dynamo's frontend lists a model and its workers a moment before it sends requests there.
+_NOT_YET = (HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE)
 _POLL_S, _POLL_SHARE = 0.01, 0.03
 
 # The parts talk to each other on this machine only, stop at once, and log what is worth reading.
@@ -241,22 +245,37 @@ class Fleet:
     def _wait_until_it_answers(self) -> None:
         timeout_s = START_TIMEOUT_S + max(FaultInjector(faults).start_delay_s for faults in self._faults)
         begin_s = time.monotonic()
-        while not self._is_registered():
+        while not (self._is_registered() and self._answers()):
             self.check()
             if time.monotonic() > begin_s + timeout_s:
                 logs = "".join(f"\n{part.name}:{last_words(part.log_path)}" for part in self.parts)
                 raise ProcessError(f"the model did not answer within {timeout_s:g} s.{logs}")
             # Often, as it may take half a second; seldom where it takes long because the processors are busy.
             time.sleep(max(_POLL_S, _POLL_SHARE * (time.monotonic() - begin_s)))
-        if self.settings.worker.faults:
-            return  # one more request would be counted, and may be hit
+
+    def _answers(self) -> bool:
+        """
+        Whether a request comes through to a worker. Raises `ProcessError` if it fails for good.
+
+        Where there are faults, which are not to hit it nor to count it, it is one that the worker refuses.
+        """
         message = {"role": "user", "content": "hello"}
-        body = {"model": self.model, "messages": [message], "max_tokens": 1}
+        body: dict[str, Any] = {"model": self.model, "messages": [message], "max_tokens": 1}
+        if self.settings.worker.faults:
+            body["nvext"] = {"token_data": []}
         try:
             http_json(f"{self.url}/v1/chat/completions", body, _ANSWER_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            with error:
+                if error.code in _NOT_YET:
+                    return False
+                if error.code == HTTPStatus.BAD_REQUEST and self.settings.worker.faults:
+                    return True
+            raise ProcessError(f"the model is registered but does not answer: {error}") from error
         except (OSError, ValueError) as error:
             self.check()
             raise ProcessError(f"the model is registered but does not answer: {error}") from error
+        return True
 
     def _is_registered(self) -> bool:
         """Whether the frontend can send requests to all workers, and lists the model."""
