@@ -91,6 +91,11 @@ class Running:
         status = read_status(self.status_path)
         return status.num_output_tokens if status is not None else 0
 
+    def num_running(self) -> int:
+        """Requests that the worker answers now, by its latest word; 0 before it has started."""
+        status = read_status(self.status_path)
+        return status.num_running if status is not None else 0
+
 
 @dataclass
 class Cluster:
