@@ -35,7 +35,7 @@ from mock_engine.errors import ConfigError, ProcessError
 from mock_engine.faults import DEATH_STATUS
 from mock_engine.parent_death import die_with_parent
 
-_STOP_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 30.0
 _LOG_TAIL_LINES = 8
 _PORTS = range(16_384, 32_768)
 

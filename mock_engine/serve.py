@@ -37,9 +37,9 @@ def serve(settings: FleetSettings, json_path: Path | None, console: Console) -> 
         json_path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="mock-engine-") as folder, Fleet(settings, Path(folder)) as fleet:
         print_welcome(fleet, console)
-        if json_path is not None:
-            _write_whole(json_path, describe(fleet))
         try:
+            if json_path is not None:
+                _write_whole(json_path, describe(fleet))
             if console.is_terminal:
                 _watch_live(fleet, console)
             else:

@@ -75,7 +75,7 @@ def test_serve_answers_says_all_there_is_to_know_and_leaves_nothing_behind(tmp_p
         for line in ("http://127.0.0.1:", facts["profile"], "28,198 KV blocks of 16", "curl -N ", "aiperf profile "):
             assert line in command.output
         command.interrupt()
-        assert command.process.wait(8) == 0  # a part that has to be killed takes 10 s
+        assert command.process.wait(25) == 0  # a part that has to be killed takes 30 s
     assert "stopped" in command.output
     assert not (tmp_path / "ready.json").exists()
     assert not any(map(is_alive, facts["pids"].values()))
