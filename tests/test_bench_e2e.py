@@ -54,8 +54,8 @@ def test_aiperf_s_table_has_no_error_no_warning_and_the_model_s_figures_beside_i
 
 
 def test_a_mooncake_trace_is_replayed_at_its_own_times_and_hits_the_prefix_cache(tmp_path):
-    rows = [
-        {"timestamp": 200 * n, "input_length": 512 * len(ids) - 10, "output_length": 5 + n, "hash_ids": ids}
+    rows = [  # a second apart, of which the model needs a tenth: each finds what the one before has left
+        {"timestamp": 1000 * n, "input_length": 512 * len(ids) - 10, "output_length": 5 + n, "hash_ids": ids}
         for n, ids in enumerate(PROMPTS)
     ]
     trace = tmp_path / "trace.jsonl"

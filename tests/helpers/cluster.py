@@ -23,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,7 +34,7 @@ from typing import Any
 import aiohttp
 
 from mock_engine.parent_death import die_with_parent
-from mock_engine.processes import free_port, http_json
+from mock_engine.processes import free_ports, http_json
 from mock_engine.recorder import read_status
 from tests.helpers.processes import wait_for
 
@@ -64,7 +65,7 @@ class Services:
 def etcd_and_nats(folder: Path, host: str = "127.0.0.1") -> Iterator[Services]:
     """Start both on free ports of `host`, with their data in `folder`; stop them in the end."""
     folder.mkdir(parents=True, exist_ok=True)
-    etcd_url = f"http://{host}:{free_port(host, 0)}"
+    etcd_url = f"http://{host}:{free_ports(1)[0]}"
     etcd = ["etcd", "--data-dir", str(folder / "etcd"), "--log-level", "error"]
     etcd += ["--listen-client-urls", etcd_url, "--advertise-client-urls", etcd_url]
     nobody = f"http://{host}:0"  # a cluster of one has no peers
@@ -109,7 +110,7 @@ class Cluster:
 
     def start_frontend(self, name: str, *flags: str, host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> Running:
         """`flags` are dynamo.frontend's; `prefix` is a command that runs the rest elsewhere."""
-        port = free_port("127.0.0.1", 0)
+        (port,) = free_ports(1)
         where = ["--http-host", host, "--http-port", str(port)]
         arguments = ["-m", "mock_engine.frontend", *where, *self.planes, *flags]
         return self._start(name, arguments, {}, prefix, f"http://{host}:{port}")
@@ -145,6 +146,18 @@ class Cluster:
             lambda: num_workers(url) == number and _get(f"{url}/v1/models").get("data"),
             lambda: f"{number} workers at {frontend.name}, but {num_workers(url)}; logs: {self.folder}",
         )
+
+    def num_output_tokens_when_idle(self) -> list[int]:
+        """What each worker that runs has made, once all of them say that they have nothing to do."""
+        now_s = time.time()
+        workers = [part for part in self.running if part.num_output_tokens() and part.process.poll() is None]
+
+        def all_say_it() -> bool:
+            states = [read_status(worker.status_path) for worker in workers]
+            return all(state and state.unix_s > now_s and not state.num_open_requests for state in states)
+
+        wait_for(all_say_it, "all workers are idle")
+        return [worker.num_output_tokens() for worker in workers]
 
     def model(self, frontend: Running) -> str:
         return str(_get(f"{frontend.url}/v1/models")["data"][0]["id"])

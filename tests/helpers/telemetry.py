@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import subprocess
 import threading
 import urllib.parse
@@ -53,9 +54,10 @@ class Prometheus:
         return result
 
     def value(self, promql: str) -> float:
-        """Of a query that gives one number."""
-        (sample,) = self.query(promql)
-        return float(sample["value"][1])
+        """Of a query that gives one number; NaN where it gives none."""
+        samples = self.query(promql)
+        assert len(samples) <= 1, samples
+        return float(samples[0]["value"][1]) if samples else math.nan
 
 
 @contextmanager
@@ -82,7 +84,7 @@ def prometheus(folder: Path, targets: dict[str, list[str]]) -> Iterator[Promethe
         def has_scraped_all() -> bool:
             assert process.poll() is None, (folder / "prometheus.log").read_text(encoding="utf-8")
             try:
-                return server.query("sum(up)")[:1] != [] and server.value("sum(up)") == num_targets
+                return server.value("sum(up)") == num_targets
             except OSError:
                 return False
 
