@@ -4,11 +4,16 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from mock_engine.engine_settings import load_profile
 from mock_engine.output_tokens import OutputTokens
 from tests.helpers.jumping_loop import LoopClock
 from tests.helpers.processes import Command
+
+# No test fails because a busy machine stalled in it, or because it was the first to import something that takes long.
+settings.register_profile("no clock", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def close_to(times_s):
     num_turns=st.lists(st.integers(1, 3), min_size=1, max_size=30),
     turnaround_s=st.sampled_from([0.0, 0.1]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_closed_loop_never_exceeds_its_concurrency_and_reaches_it(concurrency, num_turns, turnaround_s):
     sessions = [Session(None, (Turn(8, 2),) * number) for number in num_turns]
     client_settings = ClientSettings(max_concurrency=concurrency, turnaround_s=turnaround_s)
@@ -98,7 +98,7 @@ def test_a_closed_loop_never_exceeds_its_concurrency_and_reaches_it(concurrency,
 
 
 @given(concurrency=st.integers(2, 40), ramp_s=st.floats(0.1, 10))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_concurrency_ramps_up_linearly(concurrency, ramp_s):
     """Of answers that never come; one at once, and one more each time that the ramp / concurrency has passed."""
     client_settings = ClientSettings(max_concurrency=concurrency, ramp_s=ramp_s)
@@ -116,7 +116,7 @@ def test_on_the_ramp_a_closed_loop_is_full_at_every_moment():
 
 
 @given(gaps_s=st.lists(st.just(0.0) | st.floats(0, 2), min_size=1, max_size=30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_open_loop_sends_at_exactly_the_given_times_whatever_is_answered(gaps_s):
     arrivals_s = np.cumsum(gaps_s).tolist()
     service = Service(single(8, 2, time_s) for time_s in arrivals_s).run()
@@ -133,7 +133,7 @@ def test_a_trace_with_a_fixed_schedule_is_sent_at_its_own_times(tmp_path):
 
 
 @given(gaps_s=st.lists(st.floats(0, 0.3), min_size=1, max_size=30), limit=st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_open_loop_with_a_limit_sends_as_soon_as_both_allow_it_in_order(gaps_s, limit):
     arrivals_s = np.cumsum(gaps_s).tolist()
     sessions = [single(8, 2, time_s) for time_s in arrivals_s]
@@ -148,7 +148,7 @@ def test_an_open_loop_with_a_limit_sends_as_soon_as_both_allow_it_in_order(gaps_
 
 
 @given(thinks_s=st.lists(st.just(0.0) | st.floats(0, 5), max_size=6), arrival_s=st.none() | st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_next_turn_of_a_session_is_sent_a_think_time_after_the_answer(thinks_s, arrival_s):
     turns = (Turn(8, 2), *(Turn(8, 2, (), think_s) for think_s in thinks_s))
     service = Service([Session(arrival_s, turns)], ClientSettings(max_concurrency=1)).run()
@@ -270,7 +270,7 @@ def test_clients_without_sessions_send_nothing():
 
 
 @given(gaps_s=st.lists(st.floats(0, 0.5), min_size=1, max_size=20), until_s=st.floats(0.01, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_request_seconds_are_the_latencies_so_far(gaps_s, until_s):
     """Also in the middle of a run, of those that are still under way."""
     service = Service(single(8, 2, time_s) for time_s in np.cumsum(gaps_s).tolist()).run(until_s)

@@ -31,7 +31,7 @@ def weighted_columns(draw):
 
 @pytest.mark.parametrize("max_sorted", [0, columns._MAX_SORTED], ids=["searched", "sorted"])
 @given(weighted_columns())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_percentiles_are_exactly_numpy_s_of_the_repeated_figures(max_sorted, column_and_repeated):
     column, repeated = column_and_repeated
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def test_percentiles_are_exactly_numpy_s_of_the_repeated_figures(max_sorted, col
 
 
 @given(weighted_columns())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_rest_is_what_a_summary_says(column_and_repeated):
     column, repeated = column_and_repeated
     metric = summarize_weighted(column.chunks, "ms")
@@ -62,7 +62,7 @@ def test_the_rest_is_what_a_summary_says(column_and_repeated):
 
 
 @given(num_rows=st.integers(0, 60), chunk_rows=st.integers(1, 12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_table_gives_back_its_rows_in_order_at_any_time(num_rows, chunk_rows):
     columns = Columns(3, chunk_rows)
     rows = [(float(number), -number / 3, 1e9 + number) for number in range(num_rows)]

@@ -20,7 +20,7 @@ from conformance.deviations import (
     read_deviations,
 )
 
-QUICK = settings(max_examples=100, deadline=None)
+QUICK = settings(max_examples=100)
 IDS = frozenset({"gen.empty_prompt", "gen.usage_arith", "cancel.mid", "start.model"})
 EXAMPLES = st.none() | st.tuples(
     st.from_regex(r"\A[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\Z"), st.from_regex(r"\A[A-Za-z0-9+/]{1,40}={0,2}\Z")

@@ -19,7 +19,7 @@ from conformance.verdict import Finding, Outcome, Subject
 from conformance.verdict_text import BROKEN, COUNT_TITLES, TITLES, message_of, one_line, printable, verdict_line
 from tests.helpers.verdicts import FINDINGS, HOSTILE, RUNS, all_texts, counts_of, example_run, verdicts
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 RUN = example_run()
 WIDTHS = st.sampled_from([80, 100, 120])
 SUBJECT = Subject(

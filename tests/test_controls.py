@@ -331,7 +331,7 @@ _EVENTS = st.one_of(
     engine_type=st.sampled_from(["vllm", "sglang", "trtllm"]),
     more=st.sampled_from([(), ("--num-speculative-tokens", "2")]),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_whatever_is_done_in_whatever_order_every_request_ends_and_every_block_comes_back(events, engine_type, more):
     async def main():
         async with serving("--engine-type", engine_type, *more) as engine:

@@ -33,7 +33,7 @@ core_options = st.fixed_dictionaries(
 
 
 @given(workload=workloads(), options=core_options)
-@settings(max_examples=900, deadline=None)
+@settings(max_examples=900)
 def test_every_request_gets_its_osl_or_is_cancelled_and_all_kv_blocks_come_back(workload, options):
     """Nothing is lost, repeated, reordered or leaked; `run` checks the block invariant after every move."""
     core = make_core(**options)
@@ -60,7 +60,7 @@ def test_every_request_gets_its_osl_or_is_cancelled_and_all_kv_blocks_come_back(
 
 
 @given(workload=workloads(), options=core_options)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_no_step_exceeds_the_limits_and_every_step_does_something(workload, options):
     core = make_core(**options)
 
@@ -75,7 +75,7 @@ def test_no_step_exceeds_the_limits_and_every_step_does_something(workload, opti
 
 
 @given(workload=workloads(with_cancels=False), options=core_options)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_without_preemption_first_tokens_come_in_order_of_arrival(workload, options):
     core = make_core(**{**options, "scheduling_policy": "fcfs"})
     _, tokens = run(core, workload)
@@ -85,7 +85,7 @@ def test_without_preemption_first_tokens_come_in_order_of_arrival(workload, opti
 
 
 @given(workload=workloads(with_cancels=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_same_workload_gives_the_same_times_twice(workload):
     first, second = (
         [[(token.output_index, token.due_s) for token in made] for made in run(core, workload)[1].values()]

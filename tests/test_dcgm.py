@@ -43,7 +43,6 @@ def decode_load(batch_size, context_tokens):
 
 
 @given(profile=profiles, new_tokens=counts, batch_size=st.integers(1, 512), context_tokens=counts)
-@settings(deadline=None)
 def test_work_is_what_the_roofline_makes_times_of(profile, new_tokens, batch_size, context_tokens):
     """On a GPU that does one operation a second, and moves bytes for nothing, a pass takes its arithmetic."""
     work = GpuWork(profile.roofline)
@@ -113,7 +112,6 @@ steps = st.lists(
 
 
 @given(steps=steps, speedup_ratio=st.sampled_from([0.0, 1.0, 4.0]), later_s=st.floats(0, 3))
-@settings(deadline=None)
 def test_shares_are_of_what_lies_in_the_last_second_and_the_totals_of_all(steps, speedup_ratio, later_s):
     profile = load_profile(DEFAULT)
     power = GPU_POWER["h100-sxm"]
@@ -201,7 +199,7 @@ def test_aiperf_reads_every_field_it_knows_of_every_gpu(profile_name, num_ranks,
 
 
 @given(profile_name=st.sampled_from(list_profiles()))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_memory_adds_up_and_an_engine_takes_about_the_share_it_may(profile_name):
     values = {}
     for family in collector_of(profile_name).collect():

@@ -53,7 +53,7 @@ def close_to(times_s):
 
 
 @given(lengths=lengths)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_request_alone_takes_a_prefill_step_and_a_decode_step_for_each_further_token(lengths):
     [job] = send(aggregated(), [single(*lengths)]).jobs
     expected_s = token_times_s(*lengths)
@@ -78,7 +78,7 @@ def test_a_request_spends_the_profile_s_overhead_before_it_is_queued_unless_a_re
 
 
 @given(lengths=lengths, gb_per_s=st.floats(0.01, 500))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_disaggregated_a_request_alone_also_takes_the_transfer_of_its_prompt(lengths, gb_per_s):
     """TTFT: prefill step, ISL * bytes of a token / bandwidth, and a decode step, for the last prompt token again."""
     isl_tokens, osl_tokens = lengths
@@ -181,7 +181,7 @@ def test_who_is_preempted_on_a_decode_worker_computes_all_tokens_again_there():
 @given(
     isl_tokens=st.integers(1, 30), osl_tokens=st.integers(2, 60), share=st.floats(0.001, 0.999), is_late=st.booleans()
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_request_of_a_lost_worker_goes_on_elsewhere_with_the_tokens_it_has(isl_tokens, osl_tokens, share, is_late):
     """
     What it has got is prompt now, and computed again with it, on a worker that is there or as soon as there is one.

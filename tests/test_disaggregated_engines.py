@@ -136,7 +136,7 @@ async def whole_answer(request):
     n=st.none() | st.integers(1, 3),
     seed=st.none() | st.integers(-(2**63), 2**63 - 1),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_two_workers_say_what_one_says(isl_tokens, max_tokens, min_tokens, n, seed):
     request = {
         "token_ids": list(range(isl_tokens)),
@@ -549,7 +549,7 @@ async def ends(stream, plan, side):
     cut_s=st.none() | st.floats(0, 0.5),
     is_down=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_becomes_of_requests_every_block_comes_back_on_both_sides(
     plans: Sequence[Plan], num_prefill, num_decode, engine_type, bandwidth, speedup_ratio, cut_s, is_down
 ):

@@ -108,7 +108,7 @@ def test_who_is_next_goes_on_at_once_when_the_first_that_waits_for_blocks_goes_a
     speedup_ratio=st.sampled_from([0, 1.0, 30.0]),
     is_async=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_whatever_is_taken_away_and_cancelled_every_block_comes_back(
     engine_type, workload: list[Arrival], kv, speedup_ratio, is_async
 ):
@@ -231,7 +231,7 @@ def test_who_is_cancelled_while_paused_gives_its_blocks_back_at_once():
     changes=st.lists(st.tuples(st.integers(0, 30), st.sampled_from([0.0, 0.25, 1.0, 7.0, 100.0])), max_size=8),
     first=st.sampled_from([0.0, 1.0, 3.0]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_another_pace_neither_moves_model_time_nor_what_is_due(changes, first):
     async def main():
         drive = make_drive(speedup_ratio=first)

@@ -113,7 +113,7 @@ def test_an_arrival_during_a_step_waits_for_the_next_one():
 
 
 @given(workload=workloads(max_requests=8), speedup_ratio=st.sampled_from([0, 1.0, 30.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_is_cancelled_everything_comes_back(workload: list[Arrival], speedup_ratio):
     async def main():
         core = make_core(num_blocks=16)

@@ -29,7 +29,7 @@ options = st.fixed_dictionaries(
 
 
 @given(workload=timed_requests(), options=options, jitter=st.sampled_from([0.0, 0.05]))
-@settings(max_examples=2500, deadline=None)
+@settings(max_examples=2500)
 def test_jumping_over_decode_steps_gives_every_token_the_time_that_single_steps_give(workload, options, jitter):
     """Chunked prefill, prefix hits, preemption, cancels and arrivals at any moment; equal means equal floats."""
     single, single_notes = drive(workload, True, jitter, **options)
@@ -53,7 +53,7 @@ def test_jumping_over_decode_steps_gives_every_token_the_time_that_single_steps_
 
 
 @given(workload=timed_requests(), options=options)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_who_arrives_while_an_asynchronous_engine_is_busy_misses_the_next_step(workload, options):
     """Nobody is computed in a step that began less than a whole step after they had arrived, unless it was idle."""
     clock = VirtualClock()

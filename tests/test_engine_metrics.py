@@ -168,7 +168,7 @@ class Client:
 
 
 @given(plans=clients, speedup_ratio=st.sampled_from(["1", "4"]), scrapes=st.integers(0, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_counts_are_what_the_clients_saw_whenever_they_are_read(plans, speedup_ratio, scrapes):
     async def main():
         engine, scrape = await started("--speedup-ratio", speedup_ratio)

@@ -83,7 +83,7 @@ schemas = st.recursive(
 
 
 @given(schema=schemas, seed=seeds)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_json_is_valid_for_its_schema(schema, seed):
     (answer,) = plan(PLANNER, [seed % 1000], {"guided_decoding": {"json": schema}, "seed": seed})
     assert answer.finish_reason == "eos"
@@ -186,7 +186,7 @@ def patterns(draw):
 
 @given(pattern=patterns(), seed=seeds)
 @example(pattern="[a-z]+é", seed=0)  # letters without end, and then one of another kind
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_pattern_matches_the_whole_answer(pattern, seed):
     (answer,) = plan(PLANNER, sampling={"guided_decoding": {"regex": pattern}, "seed": seed}, max_tokens=1000)
     assert answer.finish_reason == "eos"
@@ -194,7 +194,7 @@ def test_a_pattern_matches_the_whole_answer(pattern, seed):
 
 
 @given(choices=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=5), seed=seeds)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_choice_is_one_of_those_given(choices, seed):
     (answer,) = plan(PLANNER, sampling={"guided_decoding": {"choice": choices}, "seed": seed})
     assert text_of(answer) in choices
@@ -221,7 +221,7 @@ def test_a_grammar_is_kept_to(grammar, pattern):
 
 
 @given(schema=schemas, seed=seeds, max_tokens=st.integers(1, 40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_max_tokens_cuts_an_answer_and_changes_nothing_before(schema, seed, max_tokens):
     sampling = {"guided_decoding": {"json": schema}, "seed": seed}
     (whole,) = plan(PLANNER, sampling=sampling)
@@ -237,7 +237,7 @@ def test_max_tokens_cuts_an_answer_and_changes_nothing_before(schema, seed, max_
 
 
 @given(schema=schemas, seed=seeds)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_whole_answer_has_the_tokens_of_its_text(schema, seed):
     """Clients count by tokenizing."""
     (answer,) = plan(PLANNER, sampling={"guided_decoding": {"json": schema}, "seed": seed})

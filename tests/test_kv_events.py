@@ -50,7 +50,7 @@ def num_told(log):
     max_num_seqs=st.integers(1, 8),
     engine_type=st.sampled_from(sorted(ENGINE_TYPES)),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_router_knows_at_every_moment_exactly_what_can_be_found_in_the_cache(
     workload, num_blocks, max_num_seqs, engine_type
 ):
@@ -78,7 +78,7 @@ def test_a_router_knows_at_every_moment_exactly_what_can_be_found_in_the_cache(
 
 
 @given(workload=told_workloads(), num_blocks=st.integers(TOO_FEW_BLOCKS, 3 * TOO_FEW_BLOCKS))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_whoever_listens_changes_nothing(workload, num_blocks):
     outcomes = []
     for observer in (None, KvListener(BLOCK_SIZE)):

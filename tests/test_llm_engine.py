@@ -113,7 +113,7 @@ samplings = st.fixed_dictionaries(
 
 
 @given(prompt=prompts, stop=stops, sampling=samplings)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_only_the_last_chunk_says_why_it_ends_and_usage_adds_up(prompt, stop, sampling):
     async def main():
         async with serving("--speedup-ratio", "0") as engine:
@@ -196,7 +196,7 @@ def test_the_seed_decides_the_tokens(seed):
 
 
 @given(isl_tokens=st.integers(1, MAX_MODEL_LEN - 3), num_shared=st.integers(0, MAX_MODEL_LEN))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_full_blocks_of_a_repeated_prompt_come_out_of_the_cache(isl_tokens, num_shared):
     """Whole blocks only, and never the last prompt token: that one must be computed."""
 
@@ -543,7 +543,7 @@ class Client:
 
 
 @given(moves=moves, speedup_ratio=st.sampled_from(["0", "1", "50"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_whatever_the_clients_do_everything_comes_back_and_who_stays_is_served(moves, speedup_ratio):
     async def main():
         async with serving("--speedup-ratio", speedup_ratio) as engine:

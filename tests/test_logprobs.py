@@ -35,7 +35,7 @@ def check_position(entries, token_id, num_top):
 
 
 @given(token_ids=token_lists, num_top=st.integers(0, 10), seed=seeds, is_greedy=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_alternatives_are_ranked_and_include_the_token_that_was_chosen(token_ids, num_top, seed, is_greedy):
     found = OutputLogprobs(SOURCE, num_top, seed, token_ids, is_greedy).of(0, len(token_ids))
     assert len(found["log_probs"]) == len(found["top_logprobs"]) == len(token_ids)
@@ -48,7 +48,7 @@ def test_alternatives_are_ranked_and_include_the_token_that_was_chosen(token_ids
 
 
 @given(token_ids=token_lists, seed=seeds, cuts=st.lists(st.integers(0, 30), max_size=5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_values_do_not_depend_on_how_the_answer_is_cut_into_chunks(token_ids, seed, cuts):
     whole = OutputLogprobs(SOURCE, 2, seed, token_ids, False).of(0, len(token_ids))
     ends = sorted({0, len(token_ids), *(cut for cut in cuts if cut < len(token_ids))})
@@ -76,7 +76,7 @@ def test_more_alternatives_than_there_are_words_give_them_all():
 
 
 @given(token_ids=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=30), num_top=st.integers(0, 5), seed=seeds)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_prompt_logprobs_are_what_dynamo_reads(token_ids, num_top, seed):
     found = prompt_logprobs(SOURCE, num_top, seed, token_ids)
     assert len(found) == len(token_ids)

@@ -43,7 +43,7 @@ def test_one_that_is_in_use_or_being_loaded_makes_no_room():
     gaps=st.lists(st.floats(0, 3), min_size=40, max_size=40),
     max_loras=st.integers(1, 4),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_more_than_max_loras_are_ever_loaded(names, gaps, max_loras):
     adapters = Adapters(dict.fromkeys("abcd", 1.0), max_loras)
     now_s = 0.0

@@ -77,7 +77,7 @@ def write_model(folder: Path, tokenizer: Tokenizer, **configs: dict[str, Any]) -
 
 
 @given(seed=st.integers(), num_tokens=st.integers(1, 600), data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_slice_of_any_answer_comes_back_as_the_same_ids(seed: int, num_tokens: int, data: st.DataObject) -> None:
     ids = OUTPUT.take(seed, num_tokens)
     start = data.draw(st.integers(0, num_tokens - 1))
@@ -87,14 +87,14 @@ def test_any_slice_of_any_answer_comes_back_as_the_same_ids(seed: int, num_token
 
 
 @given(ids=st.lists(st.sampled_from(OUTPUT.word_ids), min_size=1, max_size=100))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_text_already_sent_stays_what_it_is(ids: list[int]) -> None:
     """Dynamo detokenizes while it streams; the pieces must join to the text of the whole."""
     assert "".join(TOKENIZER.decode([id_]) for id_ in ids) == TOKENIZER.decode(ids)
 
 
 @given(seed=st.integers(), num_tokens=st.integers(0, 10_000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_take_is_the_beginning_of_stream(seed: int, num_tokens: int) -> None:
     assert OUTPUT.take(seed, num_tokens) == list(islice(OUTPUT.stream(seed), num_tokens))
 

@@ -28,7 +28,7 @@ options = st.fixed_dictionaries(
 
 
 @given(workload=timed_requests(), options=options)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_equally_important_requests_come_first_come_first_served(workload, options):
     """The same floats, whatever is preempted or cancelled."""
     equal = [replace(timed, request=with_priority(timed.request, 7)) for timed in workload]
@@ -40,14 +40,14 @@ def test_equally_important_requests_come_first_come_first_served(workload, optio
 
 
 @given(workload=timed_requests(), options=options)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_with_fcfs_nobody_asks_for_importance(workload, options):
     plain = [replace(timed, request=with_priority(timed.request, 0)) for timed in workload]
     assert drive(workload, False, 0.0, **options)[0].token_s == drive(plain, False, 0.0, **options)[0].token_s
 
 
 @given(workload=workloads(), options=options)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_nobody_is_admitted_before_a_more_important_one_that_waits(workload, options):
     """Of all that wait when a step begins, those admitted come before those that are not, by importance."""
     core = make_core(scheduling_policy="priority", **options)
@@ -66,7 +66,7 @@ def test_nobody_is_admitted_before_a_more_important_one_that_waits(workload, opt
 
 
 @given(workload=workloads(), options=options)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_vllm_preempts_nobody_that_is_more_important_than_one_who_stays(workload, options):
     core = make_core(scheduling_policy="priority", **{**options, "engine_type": "vllm"})
     schedule = core.scheduler.schedule

@@ -92,7 +92,7 @@ def test_a_request_follows_the_one_of_its_slot_that_ended_last_after_the_recorde
     starts_s=st.lists(st.floats(0, 50), min_size=1, max_size=40),
     latencies_s=st.lists(st.floats(0.01, 20), min_size=40, max_size=40),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_slots_hold_each_request_once_and_begin_where_the_run_did(starts_s, latencies_s):
     """Laid out again from its own ends, every request starts when it did."""
     requests = [
@@ -231,7 +231,7 @@ def test_a_request_that_can_never_be_served_is_one_error():
     batch_size=st.integers(0, 128),
     context=st.integers(1, 8000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_without_corrections_the_profile_is_the_start_profile(name, chunks, batch_size, context):
     """To the last bit, where parts of passes are measured."""
     if not chunks and not batch_size:

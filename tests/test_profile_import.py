@@ -492,7 +492,7 @@ def import_steps(path: Path, out_dir: Path) -> Profile:
         st.tuples(st.integers(1, 300), st.integers(1, 9000)), st.floats(1, 50), min_size=2, max_size=12
     ),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_steps_come_back_from_the_profile_as_they_were_logged(prefill, decode):
     """Whatever was logged: the tables hold each load once, with its time to six digits."""
     with tempfile.TemporaryDirectory() as name:
@@ -593,7 +593,7 @@ def test_splitwise_says_what_the_file_has_instead(tmp_path):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_outliers_go_and_what_is_in_order_stays(data):
     """Of a table in order but for noise nothing is lost; of spoilt points none remains far out of order."""
     sizes = np.array([(b, c) for b in (1, 2, 4, 8, 16) for c in (64, 256, 1024, 4096)], dtype=float)

@@ -144,7 +144,7 @@ def measure_fake(config, limits, kv_tokens, max_s=1e9, **overhead):
 
 
 @given(limits=LIMITS, room=st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_grid_is_sorted_unique_and_within_memory_and_each_level_adds_to_the_one_before(limits, room):
     kv_tokens = max(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs) + room
     found = [points_at(limits, kv_tokens, level) for level in range(NUM_LEVELS)]
@@ -171,7 +171,7 @@ def test_a_grid_is_sorted_unique_and_within_memory_and_each_level_adds_to_the_on
 
 
 @given(limits=LIMITS, room=st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whole_passes_fit_into_the_kv_cache_and_the_token_budget(limits, room):
     kv_tokens = max(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs) + room
     loads = [point.load for level in levels(limits, kv_tokens) for point in level if point.load is not None]
@@ -205,7 +205,7 @@ def test_where_time_ends_all_tables_are_refined_about_as_far():
 
 
 @given(limits=LIMITS, room=st.integers(0, 10**5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_part_is_the_median_of_its_repeats_for_all_layers_however_many_were_run(llama, limits, room):
     kv_tokens = max(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs) + room
     _, measured, _ = measure_fake(llama, limits, kv_tokens)
@@ -254,7 +254,7 @@ def write_fake(tmp_path, config, limits, kv_tokens, **overhead):
 
 
 @given(limits=LIMITS, room=st.integers(0, 10**5))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_a_written_profile_is_accepted_and_gives_back_each_measured_point(tmp_path_factory, llama, limits, room):
     folder = tmp_path_factory.mktemp("profile")
     kv_tokens = max(limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs) + room

@@ -89,7 +89,7 @@ def plain_attention(queries, keys, values, seen):
 
 
 @given(new=st.integers(1, 40), past=st.integers(0, 60), start=st.integers(0, 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_prefill_attention_sees_all_that_is_past_and_what_is_new_up_to_itself(model, new, past, start):
     layer, queries = model._layers[1], model._queries(new)
     keys, values = layer.kv[start : start + past + new].unbind(1)
@@ -99,7 +99,7 @@ def test_prefill_attention_sees_all_that_is_past_and_what_is_new_up_to_itself(mo
 
 
 @given(batch=st.integers(1, 6), context=st.integers(1, 30), start=st.integers(0, 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_decode_attention_sees_its_own_sequence_and_no_other(model, batch, context, start):
     layer, queries = model._layers[2], model._queries(batch)
     keys, values = layer.kv[start : start + batch * context].unbind(1)

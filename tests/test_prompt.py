@@ -59,7 +59,7 @@ stop_ids = st.none() | st.lists(st.sampled_from([*WORD_IDS, EOS]), max_size=2)
     hidden=stop_ids,
     ends=stop_ids,
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_answer_keeps_to_what_the_client_asked_for(
     prompt, seed, n, max_tokens, min_tokens, ignore_eos, visible, hidden, ends
 ):

@@ -168,7 +168,7 @@ gaps_s = st.lists(st.floats(0, 3 * SERVICE_S), min_size=1, max_size=40)
 
 
 @given(gaps_s=gaps_s)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_single_wait_follows_from_the_one_before(gaps_s):
     """
     Whoever comes `gap_s` later waits as long as the one before him, and his service, less the gap.
@@ -184,7 +184,7 @@ def test_each_single_wait_follows_from_the_one_before(gaps_s):
 
 
 @given(gaps_s=gaps_s, num_servers=st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_single_wait_before_several_workers_follows_from_when_they_are_free(gaps_s, num_servers):
     """
     First come, first served, by the worker that is free first.
@@ -203,7 +203,7 @@ def test_each_single_wait_before_several_workers_follows_from_when_they_are_free
 
 
 @given(gaps_s=gaps_s, transfer_share=st.sampled_from([0.1, 0.9, 1.5, 3.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_prefill_link_and_decode_in_a_row_make_requests_wait_only_as_long_as_the_slowest(gaps_s, transfer_share):
     """
     Servers in series, each of a constant time: all waits together are those before the slowest, were it alone.

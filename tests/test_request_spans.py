@@ -98,7 +98,7 @@ plans = st.lists(
 
 
 @given(plans=plans)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_spans_follow_each_other_without_a_gap_and_all_end_once(plans):
     async def main():
         engine, _ = await MockLLMEngine.from_args(list(SMALL))

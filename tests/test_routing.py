@@ -99,7 +99,7 @@ def test_random_is_uniform_whatever_the_load():
 
 
 @given(num_active=st.lists(st.integers(0, 4), min_size=1, max_size=6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_least_loaded_takes_one_with_the_fewest_requests(num_active):
     assert num_active[loaded(*num_active).choose("least-loaded")] == min(num_active)
 
@@ -115,7 +115,7 @@ def test_power_of_two_serves_where_there_is_only_one():
 
 @pytest.mark.parametrize("mode", ["round-robin", "least-loaded", "random", "power-of-two", "kv"])
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_in_a_deployment_each_policy_keeps_its_promise(mode, seed):
     """With cancels, ends and steps between one request and the next."""
     workload = Workload(

@@ -53,7 +53,7 @@ def make(
 
 @pytest.mark.parametrize("engine_type", ENGINE_TYPES)
 @given(workload=workloads(), options=options)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_every_step_is_the_one_that_the_policy_written_out_plainly_gives(engine_type, workload, options):
     """Same load, same tokens, same blocks in use and cached, in every step; whatever is cancelled or preempted."""
     scheduler, plain = make(ENGINE_TYPES[engine_type], **options), make(PLAIN[engine_type], **options)

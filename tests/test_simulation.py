@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @given(plan=simulations())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_request_ends_once_and_nothing_of_it_is_left(plan):
     watched = watch(plan)
     check_that_nothing_is_left(watched)
@@ -59,7 +59,7 @@ def test_every_request_ends_once_and_nothing_of_it_is_left(plan):
 
 
 @given(plan=simulations())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_token_is_lost_or_made_twice_and_times_are_in_order(plan):
     """Also where a worker is lost in the middle of an answer, and another goes on with it."""
     watched = watch(plan)
@@ -86,7 +86,7 @@ def test_no_token_is_lost_or_made_twice_and_times_are_in_order(plan):
 
 
 @given(plan=simulations())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_littles_law_holds_for_every_run(plan):
     """
     Requests under way on average, times the time of the run, are the latencies of all requests together.
@@ -308,7 +308,7 @@ def test_a_request_that_no_worker_can_serve_is_refused_at_once_if_all_are_like_i
 
 
 @given(seed=st.integers(0, 100), concurrency=st.integers(1, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_requests_that_are_too_long_fail_and_the_others_do_not(seed, concurrency):
     workload = Workload(isl=60, isl_stddev=30.0, osl=8, concurrency=concurrency, request_count=30, random_seed=seed)
     watched = watch(SimulationSettings(aggregated(), workload))

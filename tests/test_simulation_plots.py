@@ -91,7 +91,7 @@ def test_the_timeline_is_the_one_of_the_results(draw, results):
 
 
 @given(num_bins=st.integers(1, 1000), bin_s=st.sampled_from([2.0**-10, 0.25, 64.0]), last_share=st.floats(0.01, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_fewer_bins_hold_the_same_tokens(num_bins, bin_s, last_share):
     rates = np.random.default_rng(num_bins).uniform(0, 1e4, num_bins)
     edges_s = np.append(np.arange(num_bins), num_bins - 1 + last_share) * bin_s
@@ -178,7 +178,7 @@ def sweep_of(results, places, names=("a/b/c", "d/e/f")):
 
 
 @given(places=places)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_table_and_picture_have_the_same_front(results, places):
     points = sweep_of(results, places)
     drawn = front([(point.tokens_per_user_s, point.tokens_per_gpu_s) for point in points])

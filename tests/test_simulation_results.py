@@ -132,7 +132,7 @@ def to_aiperf_record(arrival_s, first_s, second_s, last_s, isl, osl, cached):
 
 
 @given(runs=st.lists(st.tuples(st.lists(st.integers(0, 10**9), max_size=6), st.integers(0, 50)), max_size=8))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_icl_is_every_gap_as_often_as_a_sequence_saw_it(runs):
     log = RequestLog()
     log.add("r", 0.0, 1.0, 1.0, 1.0, 10, 1, 0, 0, 0, None, None)

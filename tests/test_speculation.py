@@ -79,7 +79,7 @@ def test_tokens_per_step_are_those_of_a_truncated_geometric_distribution(num_tok
 
 
 @given(workload=workloads(), speculation=speculations, options=options)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_which_tokens_come_out_together_depends_on_the_request_alone(workload, speculation, options):
     """
     Whoever runs beside it, and whatever is preempted: a token whose draft is rejected is the last of its chunk, one
@@ -102,7 +102,7 @@ def test_which_tokens_come_out_together_depends_on_the_request_alone(workload, s
 
 
 @given(workload=workloads(), speculation=speculations, options=options)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_what_is_counted_is_what_came_out(workload, speculation, options):
     core = make_core(speculation=speculation, **options)
     states, tokens = run(core, workload)
@@ -120,7 +120,7 @@ def test_what_is_counted_is_what_came_out(workload, speculation, options):
 
 
 @given(workload=timed_requests(), speculation=speculations, options=options, jitter=st.sampled_from([0.0, 0.05]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_in_virtual_time_gaps_are_between_chunks_and_every_token_counts(workload, speculation, options, jitter):
     core, notes = drive(workload, False, jitter, speculation=speculation, **options)
     chunk_s = {request_id: list(dict.fromkeys(token_s)) for request_id, token_s in core.token_s.items()}

@@ -48,7 +48,7 @@ def area(rows, low_s, high_s):
 
 
 @given(deployments())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_averages_and_maxima_are_those_of_the_rows(deployment):
     num_workers, rows = deployment
     log = StateLog(num_workers)
@@ -69,7 +69,7 @@ def test_averages_and_maxima_are_those_of_the_rows(deployment):
 
 
 @given(deployments())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_each_bin_is_the_average_of_its_time(deployment):
     num_workers, rows = deployment
     log = StateLog(num_workers)

@@ -62,7 +62,7 @@ def never_less(longer_s: float, shorter_s: float) -> bool:
 
 @pytest.mark.parametrize("name", SAMPLE)
 @given(batch_size=batch_sizes, each=log_tokens, odd=st.integers(0, 3), num_steps=st.integers(1, 60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_decode_steps_computed_at_once_take_what_they_take_one_by_one(name, batch_size, each, odd, num_steps):
     """To the last bit: a simulator may take either way. Within, at the edge of and far outside the measured range."""
     model, context_tokens = model_of(name), batch_size * each + odd
@@ -80,7 +80,7 @@ def test_decode_steps_computed_at_once_take_what_they_take_one_by_one(name, batc
     extra=st.tuples(more, more, more, more),
     chunk=chunks,
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_more_work_never_takes_less_time(name, chunks, batch_size, each, extra, chunk):
     """More new tokens, more past, longer contexts, more sequences of the same length, one more prompt, draft tokens."""
     assume(chunks or batch_size)
@@ -119,7 +119,7 @@ def test_draft_tokens_go_through_the_matrices_and_the_lm_head_and_attention_is_a
 
 @pytest.mark.parametrize("name", SAMPLE)
 @given(batch_size=batch_sizes, num_drafts=st.integers(1, 7), each=log_tokens)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_draft_tokens_cost_no_more_than_as_many_sequences_that_read_the_context_again(
     name, batch_size, num_drafts, each
 ):
@@ -131,7 +131,7 @@ def test_draft_tokens_cost_no_more_than_as_many_sequences_that_read_the_context_
 
 @pytest.mark.parametrize("name", SAMPLE)
 @given(chunks=st.lists(chunks, min_size=1, max_size=3).map(tuple), batch_size=batch_sizes, each=log_tokens)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_mixed_pass_costs_less_than_its_parts_apart_and_no_less_than_either(name, chunks, batch_size, each):
     """Save that on H100 matrices of more than 2,000 rows were measured up to 4 % slower than two smaller ones."""
     timing = model_of(name)
@@ -199,7 +199,7 @@ def test_beyond_the_grids_time_grows_in_proportion():
 
 @pytest.mark.parametrize("name", SAMPLE)
 @given(new=log_tokens, past=log_tokens, batch_size=batch_sizes, each=log_tokens)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_there_are_no_jumps(name, new, past, batch_size, each):
     """
     One token more is worth at most what its share of the work allows, and steps in the measurements
@@ -340,7 +340,6 @@ def test_a_table_covers_the_hull_of_its_points_and_no_more():
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.floats(0.1, 10)), min_size=1, max_size=30))
-@settings(deadline=None)
 def test_dips_are_taken_out_and_the_rest_is_met(rows):
     places = {(x, y): value for x, y, value in rows}
     points, values = np.array(list(places), dtype=float), np.array(list(places.values()))

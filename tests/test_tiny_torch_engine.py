@@ -64,7 +64,7 @@ async def answer(engine: TinyTorchEngine, prompt: list[int], **options: Any) -> 
 
 
 @given(prompt=PROMPTS, decoded=PROMPTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_decoding_over_the_cache_gives_what_computing_everything_anew_gives(prompt, decoded):
     """The blocks are out of order, and hold what an earlier sequence left in them."""
     blocks = list(reversed(range(20, 40)))
@@ -76,7 +76,7 @@ def test_decoding_over_the_cache_gives_what_computing_everything_anew_gives(prom
 
 
 @given(prompts=st.lists(PROMPTS, min_size=2, max_size=3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_what_else_is_in_the_batch_does_not_change_the_logits(prompts):
     tables = [list(range(20 * row, 20 * row + 20)) for row in range(len(prompts))]
     for prompt, blocks in zip(prompts, tables, strict=True):

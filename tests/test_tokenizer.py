@@ -65,14 +65,14 @@ def test_the_folder_stays_small() -> None:
 
 
 @given(ids=slices())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_slice_of_a_tokenized_text_comes_back_as_the_same_ids(ids: list[int]) -> None:
     """AIPerf's synthetic prompts: a slice, decoded, sent as text, tokenized by the server."""
     assert encode(decode(ids)) == ids
 
 
 @given(blocks=st.lists(slices(), min_size=1, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_slices_joined_by_bos_come_back_as_the_same_ids(blocks: list[list[int]]) -> None:
     """AIPerf's mooncake prompts: one slice a hash id, each begun with bos."""
     [bos] = encode(BOS)
@@ -81,7 +81,7 @@ def test_slices_joined_by_bos_come_back_as_the_same_ids(blocks: list[list[int]])
 
 
 @given(parts=st.lists(st.tuples(st.sampled_from(ENGLISH), prose(), st.integers(1, 100)), min_size=2, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_slices_that_begin_at_a_word_join_to_the_same_ids(parts: list[tuple[str, str, int]]) -> None:
     """A space and a letter begin a token, whatever is before them; only a run of three spaces would take the fourth."""
     blocks = [encode(re.sub(" +", " ", f" {word}{text}"))[:end] for word, text, end in parts]
@@ -90,7 +90,7 @@ def test_slices_that_begin_at_a_word_join_to_the_same_ids(parts: list[tuple[str,
 
 
 @given(first=prose(), last=st.sampled_from("aexzIO"), word=st.sampled_from(ENGLISH), second=prose())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_word_without_a_space_before_its_capital_still_begins_a_token(
     first: str, last: str, word: str, second: str
 ) -> None:
@@ -100,7 +100,7 @@ def test_a_word_without_a_space_before_its_capital_still_begins_a_token(
 
 
 @given(text=st.text())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_every_text_decodes_exactly(text: str) -> None:
     assume(not any(token in text for token in SPECIAL_TOKENS))
     ids = encode(text)
@@ -139,7 +139,7 @@ def test_nothing_but_a_special_token_is_special() -> None:
 
 
 @given(before=prose(), mark=st.sampled_from(MARKS), after=prose())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_mark_is_one_token_wherever_it_stands_and_is_shown_as_text(before: str, mark: str, after: str) -> None:
     """Dynamo's reasoning parsers want a mark in one piece; clients that skip special tokens must see it."""
     ids = encode(before + mark + after)
@@ -184,7 +184,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | No
 
 
 @given(text=prose())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_chat_template_adds_one_token_to_a_user_message(transformers_tokenizer: Any, text: str) -> None:
     """AIPerf counts without the template and warns above 10 %: silent from ISL 10 on."""
     templated = render(transformers_tokenizer, [{"role": "user", "content": text}])
@@ -237,7 +237,7 @@ def test_the_next_turn_begins_with_the_ids_of_the_last_one(transformers_tokenize
 
 
 @given(text=st.one_of(prose(), st.text()))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_transformers_reads_the_folder_as_the_tokenizers_library_does(transformers_tokenizer: Any, text: str) -> None:
     ids = transformers_tokenizer.encode(text, add_special_tokens=False)
     assert ids == encode(text)

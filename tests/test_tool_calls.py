@@ -54,7 +54,7 @@ def calls_in(text):
 
 
 @given(seed=seeds, as_text=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_calls_that_must_be_made_have_valid_arguments(seed, as_text):
     tag = hermes_tag(at_least_one=True)
     answer = answer_to(json.dumps(tag) if as_text else tag, seed)
@@ -177,7 +177,7 @@ def thinking(reasoning_ratio=1.0, reasoning_osl=8, **others):
 
 
 @given(seed=seeds, max_tokens=st.integers(1, 200), ignore_eos=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_thoughts_count_and_leave_the_length_as_it_was_asked_for(seed, max_tokens, ignore_eos):
     (answer,) = plan(thinking(), sampling={"seed": seed}, max_tokens=max_tokens, ignore_eos=ignore_eos)
     assert len(answer.token_ids) == max_tokens
@@ -244,7 +244,7 @@ def test_wrong_shares_are_said_in_one_line(settings_, message):
 
 
 @given(seed=seeds, length=st.integers(1, 12), start=st.integers(0, 300), min_tokens=st.integers(0, 30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_an_answer_ends_with_the_token_that_completes_a_stop_string(seed, length, start, min_tokens):
     planner = make_planner()
     (whole,) = plan(planner, sampling={"seed": seed}, max_tokens=60)

@@ -210,7 +210,7 @@ def path():
 
 
 @given(workload=timed_requests(), options=options, is_single_stepping=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_moment_of_every_request_is_drawn_once_and_where_it_was(path, workload, options, is_single_stepping):
     """Chunked prefill, prefix hits, preemption, cancels: the spans say what the listener heard."""
     notes, core = drive(workload, path, is_single_stepping, **options)
@@ -262,7 +262,7 @@ def changes(steps):
 
 
 @given(workload=timed_requests(), options=options)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_jumping_over_decode_steps_draws_what_single_steps_draw(path, workload, options):
     drive(workload, path, True, **options)
     single = path.read_text(encoding="ascii")
@@ -286,7 +286,7 @@ def test_a_kv_cache_that_grows_while_all_decode_is_drawn_step_by_step(tmp_path):
 
 
 @given(workload=timed_requests(), options=options, num_events=st.integers(0, 150))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_run_that_is_cut_short_leaves_a_whole_file(path, workload, options, num_events):
     drive(workload, path, max_events=num_events, **options)
     check(read(path))

@@ -23,7 +23,7 @@ MOONCAKE = Path(__file__).parents[2] / "shared" / "data" / "mooncake_conversatio
 AZURE_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 CSV_HEADER = "arrival_s,isl_tokens,osl_tokens"
 
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
 def write(folder: Path, lines: list[str], name: str = "trace") -> Path:

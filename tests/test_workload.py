@@ -28,7 +28,7 @@ MOONCAKE = Path(__file__).parents[2] / "shared" / "data" / "mooncake_conversatio
 needs_mooncake = pytest.mark.skipif(
     not MOONCAKE.is_file(), reason="needs the published Mooncake trace (see profiles/README.md)"
 )
-quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 seeds = st.integers(0, 2**32)
 lengths = st.integers(1, 3000)
@@ -73,7 +73,7 @@ def made_up(draw: st.DrawFn, **fixed: object) -> Workload:
 
 
 @given(workload=made_up())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_same_flags_give_the_same_requests_in_order_and_as_many_as_were_asked_for(workload):
     sessions = sessions_of(workload)
     assert sessions == sessions_of(workload)
@@ -90,7 +90,7 @@ def test_the_same_flags_give_the_same_requests_in_order_and_as_many_as_were_aske
 
 
 @given(workload=made_up(), block_size=st.sampled_from([1, 16, 64, 1000]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_each_turn_repeats_all_that_went_before_and_shares_nothing_else_but_a_prefix(workload, block_size):
     sessions = sessions_of(workload, block_size)
     prefix_tokens = workload.shared_system_prompt_length or workload.prefix_prompt_length or 0
@@ -518,7 +518,7 @@ FLOATS = ("osl_stddev", "request_rate", "arrival_smoothness", "random_range_rati
     st.fixed_dictionaries({}, optional=dict.fromkeys(INTEGERS, st.integers(-2, 3))),
     st.fixed_dictionaries({}, optional=dict.fromkeys(FLOATS, st.floats())),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_flags_are_refused_or_make_a_workload(integers, floats):
     try:
         workload = Workload(**integers, **floats, request_count=3)

@@ -11,7 +11,7 @@ from conformance.catalogue import LEVELS, Rule, load_catalogue
 from conformance.verdict import Finding, Outcome, Subject, SuiteRun, Verdict
 from conformance.verdict_text import BROKEN, message_of, printable
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 HOSTILE = [
     "</details><script>alert(1)</script>",
     '" onmouseover="x',
