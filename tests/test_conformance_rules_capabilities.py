@@ -12,6 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
@@ -301,6 +302,28 @@ def test_a_dry_run_with_an_engine_that_changes_its_requests_leaves_the_next_as_i
     sample = "dynamo.common.backend.sample_engine:SampleLLMEngine"
     find_facts(SuiteSettings(sample, "--disaggregation-mode prefill", clock="virtual"))
     assert len(find_facts(SuiteSettings(sample, clock="virtual")).output) == 6
+
+
+class StallingToy(ToyEngine):
+    """Its host stalls in its first answer."""
+
+    has_stalled = False
+
+    async def generate(self, request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        async for chunk in super().generate(request, context):
+            if not StallingToy.has_stalled:
+                StallingToy.has_stalled = True
+                time.sleep(0.2)  # noqa: ASYNC251
+            yield chunk
+
+
+@pytest.mark.parametrize("clock", ["auto", "virtual"])
+def test_a_step_in_virtual_time_does_not_last_longer_because_the_host_has_stalled(clock: str) -> None:
+    StallingToy.has_stalled = False
+    facts = find_facts(SuiteSettings(_own("StallingToy"), clock=clock))
+    calm = find_facts(SuiteSettings(_own("StallingToy"), clock=clock))
+    assert (facts.clock, facts.first_chunk_s, facts.gap_s) == ("virtual", calm.first_chunk_s, calm.gap_s)
+    assert facts.gap_s < 0.1
 
 
 # Planted violations: what was recorded, without an engine.
