@@ -265,15 +265,14 @@ class Fleet:
             body["nvext"] = {"token_data": []}
         try:
             http_json(f"{self.url}/v1/chat/completions", body, _ANSWER_TIMEOUT_S)
-        except urllib.error.HTTPError as error:
-            with error:
+        except (OSError, ValueError) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
                 if error.code in _NOT_YET:
                     return False
                 if error.code == HTTPStatus.BAD_REQUEST and self.settings.worker.faults:
                     return True
-            raise ProcessError(f"the model is registered but does not answer: {error}") from error
-        except (OSError, ValueError) as error:
-            self.check()
+            self.check()  # a part that has died says more
             raise ProcessError(f"the model is registered but does not answer: {error}") from error
         return True
 

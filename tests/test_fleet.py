@@ -71,3 +71,12 @@ def test_a_refusal_shows_that_workers_with_faults_are_there_and_does_not_touch_t
     assert [body["nvext"] for body in frontend.bodies] == [{"token_data": []}] * 2
     with pytest.raises(ProcessError, match="HTTP Error 400"):
         start(400)
+
+
+def test_a_part_that_has_died_is_what_is_said(start, monkeypatch):
+    def check(_):
+        raise ProcessError("worker-0 was killed")
+
+    monkeypatch.setattr(Fleet, "check", check)
+    with pytest.raises(ProcessError, match="worker-0 was killed"):
+        start(500)
